@@ -1,0 +1,206 @@
+"""`fa3::attention` as an operator: fakes, strides, autograd, opcheck, torch.compile. No GPU needed."""
+
+import math
+
+import pytest
+import torch
+
+from fa3_inductor import ops
+from fa3_inductor.kernels.reference import attention_backward_reference, attention_reference
+
+attention = torch.ops.fa3.attention
+
+
+def qkv(b=2, hq=4, hkv=2, sq=16, sk=16, d=8, dtype=torch.float32, layout="bhsd", grad=True):
+    torch.manual_seed(0)
+    if layout == "bhsd":
+        xs = [torch.randn(b, h, s, d, dtype=dtype) for h, s in ((hq, sq), (hkv, sk), (hkv, sk))]
+    elif layout == "bshd":
+        xs = [torch.randn(b, s, h, d, dtype=dtype).transpose(1, 2) for h, s in ((hq, sq), (hkv, sk), (hkv, sk))]
+    else:
+        assert hq == hkv and sq == sk
+        xs = list(torch.randn(b, sq, 3, hq, d, dtype=dtype).permute(2, 0, 3, 1, 4))
+    return [x.detach().requires_grad_(grad) for x in xs]
+
+
+EXTRAS = {
+    "full": dict(),
+    "causal": dict(window_right=0),
+    "window": dict(window_left=4, window_right=1),
+    "empty-rows": dict(window_right=-3),
+    "bias": dict(bias=(4, 16, 16)),
+    "bias-broadcast": dict(bias=(2, 1, 1, 16), window_right=0),
+    "mask": dict(mask=(2, 1, 16, 16)),
+    "bias-and-mask": dict(bias=(1, 4, 16, 1), mask=(2, 1, 1, 16)),
+}
+
+
+def arguments(extra, dtype=torch.float32, bias_grad=True):
+    """bias, mask, scale, window_left, window_right, target of one case."""
+    e = dict(bias=None, mask=None, window_left=None, window_right=None) | EXTRAS[extra]
+    bias = None if e["bias"] is None else torch.randn(e["bias"], dtype=dtype).requires_grad_(bias_grad)
+    mask = None if e["mask"] is None else torch.rand(e["mask"]) > 0.3
+    return bias, mask, 0.35, e["window_left"], e["window_right"], "reference"
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_opcheck_forward(extra):
+    torch.library.opcheck(attention.default, (*qkv(), *arguments(extra)))
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd", "packed"])
+def test_opcheck_layouts(layout):
+    torch.library.opcheck(attention.default, (*qkv(hkv=4, layout=layout), *arguments("causal")))
+
+
+@pytest.mark.parametrize("extra", ["causal", "bias-broadcast"])
+@pytest.mark.parametrize("bias_grad", [False, True])
+def test_opcheck_backward(extra, bias_grad):
+    q, k, v = qkv(layout="bshd", grad=False)
+    bias, mask, *rest = arguments(extra, bias_grad=False)
+    out, lse = attention(q, k, v, bias, mask, *rest)
+    args = (torch.randn_like(out), q, k, v, bias, mask, out, lse, *rest, bias_grad and bias is not None)
+    torch.library.opcheck(torch.ops.fa3.attention_backward.default, args)
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_gradients_are_those_of_the_reference(extra):
+    leaves = qkv(dtype=torch.float64)
+    bias, mask, scale, left, right, target = arguments(extra, dtype=torch.float64)
+    out, lse = attention(*leaves, bias, mask, scale, left, right, target)
+    expected, expected_lse = attention_reference(*leaves, bias, mask, scale=scale, window_left=left, window_right=right)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+    assert not lse.requires_grad
+    if bias is not None:
+        leaves.append(bias)
+    # Both in one go: autograd through the reference's own arithmetic, and through the op's formula.
+    dout = torch.randn_like(out)
+    keep = expected_lse.isfinite().unsqueeze(-1)
+    wanted = torch.autograd.grad(expected.where(keep, 0.0), leaves, dout)
+    for got, want in zip(torch.autograd.grad(out, leaves, dout), wanted):
+        torch.testing.assert_close(got, want)
+
+
+def test_gradcheck():
+    leaves = qkv(b=1, hq=2, hkv=1, sq=5, sk=4, d=3, dtype=torch.float64)
+    bias = torch.randn(1, 2, 1, 4, dtype=torch.float64, requires_grad=True)
+    f = lambda q, k, v, b: attention(q, k, v, b, None, 0.5, None, 1, "reference")[0]  # noqa: E731
+    torch.autograd.gradcheck(f, (*leaves, bias))
+
+
+def test_bias_without_gradient_gets_none():
+    q, k, v = qkv()
+    bias, *rest = arguments("bias", bias_grad=False)
+    attention(q, k, v, bias, *rest)[0].sum().backward()
+    assert q.grad is not None and bias.grad is None
+
+
+def test_double_backward_says_no():
+    q, k, v = qkv()
+    (dq,) = torch.autograd.grad(attention(q, k, v, *arguments("full"))[0].sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd", "packed"])
+def test_fake_promises_the_real_strides_and_dtypes(dtype, layout):
+    args = (*qkv(hkv=4, dtype=dtype, layout=layout, grad=False), *arguments("causal"))
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = attention(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
+    real = attention(*args)
+    for f, r in zip(fake, real):
+        assert (f.shape, f.stride(), f.dtype) == (r.shape, r.stride(), r.dtype)
+
+
+@pytest.mark.parametrize("extra", ["causal", "bias-broadcast", "mask"])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd", "packed"])
+def test_compiles_with_inductor(extra, dynamic, layout):
+    torch._dynamo.reset()
+
+    def f(q, k, v, bias, mask, scale, left, right, target):
+        return attention(q * 2, k, v + 1, bias, mask, scale, left, right, target)[0].sin()
+
+    # The second length differs from the first, so that with dynamic=True one graph has to serve both.
+    compiled = torch.compile(f, dynamic=dynamic, fullgraph=True)
+    for seqlen in (16, 16) if not dynamic or extra == "mask" else (16, 24):
+        leaves = qkv(sq=seqlen, sk=seqlen, hkv=4, layout=layout)
+        bias, *rest = arguments(extra)
+        if bias is not None:
+            bias = torch.randn(2, 1, 1, seqlen, requires_grad=True)
+            leaves.append(bias)
+        results = []
+        for g in (f, compiled):
+            out = g(*leaves[:3], bias, *rest)
+            results.append((out, *torch.autograd.grad(out.sum(), leaves)))
+        for want, got in zip(*results):
+            assert want.stride() == got.stride()
+            torch.testing.assert_close(got, want)
+
+
+def test_packed_views_are_not_copied(monkeypatch):
+    """Inductor must hand the op the very views that the projection was cut into."""
+    torch._dynamo.reset()
+    seen = []
+    real = ops.attention_reference
+
+    def spy(q, k, v, *args, **kwargs):
+        seen.append([x.stride() for x in (q, k, v)])
+        return real(q, k, v, *args, **kwargs)
+
+    monkeypatch.setattr(ops, "attention_reference", spy)
+    weight = torch.randn(3 * 4 * 8, 32)
+
+    @torch.compile(fullgraph=True)
+    def f(x):
+        q, k, v = (x @ weight.T).view(2, 16, 3, 4, 8).permute(2, 0, 3, 1, 4)
+        return attention(q, k, v, None, None, 0.3, None, 0, "reference")[0]
+
+    f(torch.randn(2, 16, 32))
+    assert seen == [[(16 * 96, 8, 96, 1)] * 3]
+
+
+BAD = {
+    "target": (dict(), dict(target="cuda"), "target"),
+    "rank": (dict(q=(4, 16, 8)), dict(), "batch, heads"),
+    "head_dim": (dict(q=(2, 4, 16, 16)), dict(), "shapes do not fit"),
+    "kv_length": (dict(v=(2, 2, 15, 8)), dict(), "shapes do not fit"),
+    "heads": (dict(q=(2, 3, 16, 8)), dict(), "do not divide"),
+    "mask": (dict(), dict(mask=torch.zeros(16, 16)), "mask is bool"),
+    "bias": (dict(), dict(bias=torch.zeros(16, 16, dtype=torch.bool)), "bias is floating"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_refused(name):
+    shapes, over, message = BAD[name]
+    xs = dict(zip("qkv", qkv(grad=False))) | {n: torch.randn(s) for n, s in shapes.items()}
+    o = dict(bias=None, mask=None, target="reference") | over
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        attention(xs["q"], xs["k"], xs["v"], o["bias"], o["mask"], 1.0, None, None, o["target"])
+
+
+@pytest.mark.parametrize("seqlens", [(7, 7), (5, 9), (9, 5), (1, 6), (6, 1)])
+@pytest.mark.parametrize("shift", [None, *range(-10, 11)])
+def test_causal_parts_cover_any_shift(seqlens, shift, monkeypatch):
+    """The blocks handed to PyTorch's kernels, done here by the reference, must add up to the whole gradient."""
+    sq, sk = seqlens
+    q, k, v = qkv(sq=sq, sk=sk, dtype=torch.float64, grad=False)
+
+    def whole(dout, q, out, lse, k, v, scale, shift):
+        return attention_backward_reference(dout, q, k, v, None, None, out, lse, scale=scale, window_right=shift)[:3]
+
+    def blockwise(dout, q, out, lse, k, v, scale, causal):
+        shift = k.shape[2] - q.shape[2] if causal else None
+        assert shift is None or shift >= 0
+        return whole(dout, q, out, lse, k, v, scale, shift)
+
+    monkeypatch.setattr(ops, "_aten_backward", blockwise)
+    out, lse = attention_reference(q, k, v, scale=0.4, window_right=shift)
+    dout = torch.randn_like(out)
+    want = whole(dout, q, out, lse, k, v, 0.4, shift)
+    for g, w in zip(ops._fused_backward(dout, q, k, v, out, lse, 0.4, shift), want):
+        torch.testing.assert_close(g, w)
+        assert math.isfinite(g.sum().item())
