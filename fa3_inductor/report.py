@@ -1,7 +1,8 @@
-"""What the pass found and did: one :class:`Site` per attention, one :class:`GraphReport` per compiled graph, a :class:`Report` over many.
+"""What the pass found and did: one :class:`Site` per attention, one :class:`GraphReport` per compiled graph, a
+:class:`Report` over many.
 
-The pass fills :class:`GraphReport` objects and hands them to :func:`record`; everything here is for reading: tables, JSON,
-and the files of ``config.dump_dir``.
+The pass fills :class:`GraphReport` objects and hands them to :func:`record`; everything here is for reading: tables,
+JSON, and the files of ``config.dump_dir``.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ Shape = tuple[int | str, ...]
 class Site:
     """One attention of the user's model, fused or left as it was.
 
-    ``reason`` is None for a fused site; for a rejected one it says why in general, and ``detail`` says what was seen here.
-    ``source`` is ``file:line`` of the user's code and ``code`` the text of that line. ``mask`` is what was proved about the
-    mask ("causal", "none", ...). Sizes that are symbolic when compiling are strings in the shapes. ``flops`` (forward) and
-    ``score_bytes`` (scores and probabilities that no longer exist in memory) are estimates, None where a size is symbolic.
+    ``reason`` is None for a fused site; for a rejected one it says why in general, and ``detail`` says what was seen
+    here. ``source`` is ``file:line`` of the user's code and ``code`` the text of that line. ``mask`` is what was
+    proved about the mask ("causal", "none", ...). Sizes that are symbolic when compiling are strings in the shapes.
+    ``flops`` (forward) and ``score_bytes`` (scores and probabilities that no longer exist in memory) are estimates,
+    None where a size is symbolic.
     """
 
     status: Literal["fused", "rejected"]
@@ -69,7 +71,8 @@ class Site:
 
 @dataclasses.dataclass
 class GraphReport:
-    """What happened in one graph. ``seconds`` holds the time of each phase; ``error`` the message when the pass gave up."""
+    """What happened in one graph. ``seconds`` holds the time of each phase; ``error`` the message when the pass gave
+    up."""
 
     name: str
     sites: list[Site] = dataclasses.field(default_factory=list)
@@ -163,14 +166,11 @@ def _count(number: int, what: str) -> str:
 
 def _si(value: float, unit: str) -> str:
     """A number with a decimal prefix: 1.5 M, 32.8 kB."""
-    for prefix in ("", "k", "M", "G", "T"):
-        if value < 1000:
-            break
+    prefixes = ["", "k", "M", "G", "T", "P"]
+    while value >= 1000 and len(prefixes) > 1:
         value /= 1000
-    else:
-        prefix = "P"
-    number = f"{value:.0f}" if prefix == "" else f"{value:.1f}"
-    return f"{number} {prefix}{unit}".rstrip()
+        prefixes.pop(0)
+    return f"{value:.{0 if prefixes[0] == '' else 1}f} {prefixes[0]}{unit}".rstrip()
 
 
 def _shape(shape: Shape | None) -> str:
@@ -227,9 +227,9 @@ _dump_numbers = itertools.count()
 def dump(graph_report: GraphReport, before: str, after: str) -> None:
     """Writes one graph's files under ``config.dump_dir``; does nothing when that is unset.
 
-    The folder is ``<dump_dir>/<process id>/<number>_<graph name>`` and holds ``before.py`` and ``after.py`` (readable FX,
-    as passed in), ``report.json`` and ``report.txt``. A failure to write is logged as a warning and never raised, since
-    this runs inside a compile.
+    The folder is ``<dump_dir>/<process id>/<number>_<graph name>`` and holds ``before.py`` and ``after.py`` (readable
+    FX, as passed in), ``report.json`` and ``report.txt``. A failure to write is logged as a warning and never raised,
+    since this runs inside a compile.
     """
     from fa3_inductor import config
 

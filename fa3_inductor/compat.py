@@ -1,0 +1,175 @@
+"""The private parts of torch that the package's front end stands on, one function each, with the versions it was read
+in.
+
+Nothing of torch is imported before a function is called: :func:`hook_compile_fx` runs while torch itself is being
+imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.util
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+_COMPILE_FX = "torch._inductor.compile_fx"
+
+
+def hook_compile_fx() -> None:
+    """Puts the pass in front of Inductor's entry point, now or as soon as that is imported; idempotent.
+
+    ``torch._inductor.compile_fx.compile_fx`` is looked up there at every call by the stock backend, by AOTInductor
+    and by compile_fx itself (torch 2.11 to 2.15), so replacing the module's attribute reaches every way in.
+    Inductor's own hooks run too late: behind the cache lookup (from 2.12), and they would have to be shared with
+    other users of them.
+    """
+    module = sys.modules.get(_COMPILE_FX)
+    if module is not None:
+        _wrap_compile_fx(module)
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Finds Inductor's module by way of the other finders and wraps its entry point once it has been executed."""
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> Any:
+        if name != _COMPILE_FX:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _wrap_compile_fx(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def _wrap_compile_fx(module: ModuleType) -> None:
+    from fa3_inductor import backend
+
+    original = module.compile_fx
+    if getattr(original, "fa3_inductor", False):
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def compile_fx(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs).arguments
+        return backend.compile_if_enabled(original, **call)
+
+    compile_fx.fa3_inductor = True
+    module.compile_fx = compile_fx
+
+
+def inductor_patches(mode: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The Inductor config that ``torch.compile(mode=..., options=...)`` stands for, checked by torch's own code (2.11
+    to 2.15).
+
+    Raises RuntimeError for an unknown mode, an unknown option or a value of the wrong type.
+    """
+    import torch
+
+    return torch._TorchCompileInductorWrapper(mode, options, None).config
+
+
+def set_process_wide(config: ModuleType, name: str, value: Any) -> None:
+    """Sets a config value for every thread.
+
+    Assigning to a config is per thread from torch 2.13 on. The default that an environment variable gives is not, and
+    ranks just below assignments; so it takes the value, and this thread's own assignment is made to agree.
+    """
+    config._config[name].env_value_default = value
+    setattr(config, name, value)
+
+
+def stock_attention_entries() -> Iterator[Any]:
+    """Inductor's own attention patterns: the entries of the joint graph's pattern table that ``fuse_attention``
+    registered.
+
+    Read in 2.11 to 2.15. The entry's check is a closure over the function that the pattern was traced from, which is
+    the only trace that an entry keeps of where it came from.
+    """
+    from torch._inductor.fx_passes import fuse_attention, joint_graph
+
+    for entries in joint_graph.patterns.patterns.values():
+        for entry in entries:
+            check = entry.extra_check
+            if inspect.isfunction(check) and "search_fn" in check.__code__.co_freevars:
+                cell = check.__closure__[check.__code__.co_freevars.index("search_fn")]
+                if cell.cell_contents.__module__ == fuse_attention.__name__:
+                    yield entry
+
+
+class Unless:
+    """A pattern's check that says no while ``disabled()`` holds."""
+
+    def __init__(self, disabled: Callable[[], bool], check: Callable[[Any], bool]) -> None:
+        self.disabled = disabled
+        self.check = check
+
+    def __call__(self, match: Any) -> bool:
+        return not self.disabled() and self.check(match)
+
+
+def silence_stock_attention(disabled: Callable[[], bool]) -> None:
+    """Makes Inductor's attention patterns match nothing while ``disabled()`` holds. To be called when a joint graph is
+    about to be worked on: the patterns are registered then, per device, just before the first custom pass runs."""
+    for entry in stock_attention_entries():
+        entry.extra_check = Unless(disabled, entry.extra_check)
+
+
+def export_before_autograd(module: Any, fake_inputs: list[Any]) -> Any:
+    """The functional ATen graph of ``module`` as it is before autograd (torch 2.11 to 2.15: ``aot_export_module``).
+
+    Traced in a tracing context of its own, so that nothing it learns reaches the compilation that is under way.
+    """
+    import contextlib
+
+    import torch.fx.traceback
+    from torch._dynamo.utils import detect_fake_mode
+    from torch._functorch.aot_autograd import aot_export_module
+    from torch._guards import TracingContext, tracing
+
+    mode = detect_fake_mode(fake_inputs)
+    shapes = getattr(mode, "shape_env", None)
+    with contextlib.ExitStack() as stack:
+        if mode is not None:
+            stack.enter_context(mode)
+            stack.enter_context(tracing(TracingContext(mode)))
+        if shapes is not None:
+            stack.enter_context(shapes.ignore_fresh_unbacked_symbols())
+        stack.enter_context(torch.fx.traceback.preserve_node_meta())
+        view, _ = aot_export_module(module, fake_inputs, trace_joint=False, pre_dispatch=True)
+    return view
+
+
+def current_tracer() -> Any:
+    """The tracer of the proxy mode that is recording, or None (torch 2.11 to 2.15)."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode = get_proxy_mode()
+    return None if mode is None else mode.tracer
+
+
+def traced_node(value: Any, tracer: Any) -> Any:
+    """The graph node that a functional tensor holds at this moment of a trace; None for anything else."""
+    import torch
+    from torch._subclasses.functional_tensor import FunctionalTensor
+    from torch.fx.experimental.proxy_tensor import get_proxy_slot
+
+    if not isinstance(value, FunctionalTensor):
+        return None
+    torch._sync(value)
+    slot = get_proxy_slot(torch._from_functional_tensor(value.elem), tracer, None)
+    return None if slot is None else slot.proxy.node
