@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib
 import os
-from typing import TYPE_CHECKING, Any
 
 from fa3_inductor._version import __version__
 
+TYPE_CHECKING = False  # type checkers take it for true; typing itself is slow to import
 if TYPE_CHECKING:
+    from typing import Any
+
     from fa3_inductor import config
     from fa3_inductor._explain import explain
     from fa3_inductor.backend import disable, enable, enabled

@@ -134,7 +134,7 @@ class StockFusionShield(CustomGraphPass):
 
     def __init__(self, users: tuple[Callable[..., Any], ...]) -> None:
         self.users = users
-        self.key = (__version__, _source_hash(), config.get_hash())
+        self.key = (__version__, _source_hash(), compat.settings_key(config))
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         compat.silence_stock_attention(_shield_is_up)

@@ -83,6 +83,14 @@ def inductor_patches(mode: str | None, options: dict[str, Any]) -> dict[str, Any
     return torch._TorchCompileInductorWrapper(mode, options, None).config
 
 
+def settings_key(config: ModuleType) -> tuple[tuple[str, Any], ...]:
+    """The values of all settings that are not marked ``@compile_ignored``, as a part of a cache key.
+
+    ``config.get_hash()`` is meant for this, but in torch 2.12 it is cached across threads whose values differ.
+    """
+    return tuple(sorted((k, v) for k, v in config.get_config_copy().items() if k not in config._compile_ignored_keys))
+
+
 def set_process_wide(config: ModuleType, name: str, value: Any) -> None:
     """Sets a config value for every thread.
 
@@ -123,53 +131,28 @@ class Unless:
 
 
 def silence_stock_attention(disabled: Callable[[], bool]) -> None:
-    """Makes Inductor's attention patterns match nothing while ``disabled()`` holds. To be called when a joint graph is
-    about to be worked on: the patterns are registered then, per device, just before the first custom pass runs."""
+    """Makes Inductor's attention patterns match nothing while ``disabled()`` holds.
+
+    To be called when a joint graph is about to be worked on: the patterns are registered then, per device, just before
+    the first custom pass runs.
+    """
+    global _silenced
     for entry in stock_attention_entries():
         entry.extra_check = Unless(disabled, entry.extra_check)
+        _silenced += 1
+    if not _silenced:
+        _warn_not_silenced()
 
 
-def export_before_autograd(module: Any, fake_inputs: list[Any]) -> Any:
-    """The functional ATen graph of ``module`` as it is before autograd (torch 2.11 to 2.15: ``aot_export_module``).
-
-    Traced in a tracing context of its own, so that nothing it learns reaches the compilation that is under way.
-    """
-    import contextlib
-
-    import torch.fx.traceback
-    from torch._dynamo.utils import detect_fake_mode
-    from torch._functorch.aot_autograd import aot_export_module
-    from torch._guards import TracingContext, tracing
-
-    mode = detect_fake_mode(fake_inputs)
-    shapes = getattr(mode, "shape_env", None)
-    with contextlib.ExitStack() as stack:
-        if mode is not None:
-            stack.enter_context(mode)
-            stack.enter_context(tracing(TracingContext(mode)))
-        if shapes is not None:
-            stack.enter_context(shapes.ignore_fresh_unbacked_symbols())
-        stack.enter_context(torch.fx.traceback.preserve_node_meta())
-        view, _ = aot_export_module(module, fake_inputs, trace_joint=False, pre_dispatch=True)
-    return view
+_silenced = 0
 
 
-def current_tracer() -> Any:
-    """The tracer of the proxy mode that is recording, or None (torch 2.11 to 2.15)."""
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
-    mode = get_proxy_mode()
-    return None if mode is None else mode.tracer
-
-
-def traced_node(value: Any, tracer: Any) -> Any:
-    """The graph node that a functional tensor holds at this moment of a trace; None for anything else."""
+@functools.cache
+def _warn_not_silenced() -> None:
     import torch
-    from torch._subclasses.functional_tensor import FunctionalTensor
-    from torch.fx.experimental.proxy_tensor import get_proxy_slot
 
-    if not isinstance(value, FunctionalTensor):
-        return None
-    torch._sync(value)
-    slot = get_proxy_slot(torch._from_functional_tensor(value.elem), tracer, None)
-    return None if slot is None else slot.proxy.node
+    log.warning(
+        "Inductor's own attention patterns were not found in torch %s, so they stay active: an attention that "
+        "fa3_inductor leaves as written may still be rewritten by them",
+        torch.__version__,
+    )
