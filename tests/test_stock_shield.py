@@ -5,8 +5,6 @@ completely; each case here is one that some version of them gets wrong or is clo
 numbers where there is one). Whatever our own matcher makes of a case, eager's numbers have to come out.
 """
 
-import math
-
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -25,11 +23,11 @@ def cube():
     return torch.randn(16, 16, 16)
 
 
-def attend(q, k, v, scale=1 / math.sqrt(D), dim=-1):
+def attend(q, k, v, scale=0.25, dim=-1):
     return torch.softmax(q @ k.transpose(-2, -1) * scale, dim) @ v
 
 
-def masked(mask, divisor=math.sqrt(D)):
+def masked(mask, divisor=4.0):
     return lambda q, k, v: torch.softmax(q @ k.transpose(-2, -1) / divisor + mask, -1) @ v
 
 
