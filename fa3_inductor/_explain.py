@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fa3_inductor.report import Report
+from fa3_inductor.report import Report, recording_nothing
 from fa3_inductor.rewrite import rewrite_graph
 
 
@@ -41,6 +41,6 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     # Code behind a graph break still has entries of its own; those must not count against the user's recompile limit.
     isolate = "isolate_recompiles" in inspect.signature(torch.compile).parameters
     compiled = torch.compile(run, backend=backend, **({"isolate_recompiles": True} if isolate else {}))
-    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+    with recording_nothing(), torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         compiled(*args, **kwargs)
     return report

@@ -15,7 +15,6 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from fa3_inductor import __version__, compat, config
-from fa3_inductor.report import record
 from fa3_inductor.rewrite import rewrite_graph
 
 log = logging.getLogger(__name__)
@@ -103,7 +102,7 @@ def _compile(
 ) -> Callable[..., Any]:
     if not gm.meta.get(_REWRITTEN):
         gm.meta[_REWRITTEN] = True
-        record(rewrite_graph(gm))
+        rewrite_graph(gm)
     return compile_fx(gm, example_inputs, config_patches=_shielded(config_patches or {}), **rest)
 
 

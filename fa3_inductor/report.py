@@ -7,6 +7,7 @@ JSON, and the files of ``config.dump_dir``.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -14,6 +15,8 @@ import logging
 import os
 import re
 import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, Literal
 
 from fa3_inductor.patterns.reasons import Reason
@@ -199,14 +202,25 @@ def _row(number: int, site: Site) -> tuple[str, ...]:
 
 _lock = threading.Lock()
 _recorded: list[GraphReport] = []
+_apart: ContextVar[bool] = ContextVar("fa3_inductor_reports_apart", default=False)
 
 
 def record(graph_report: GraphReport) -> None:
-    """Adds the report of one compiled graph to what :func:`reports` returns, and logs its summary."""
+    """Adds the report of one compiled graph to what :func:`reports` returns."""
+    if _apart.get():
+        return
     with _lock:
         _recorded.append(graph_report)
-    if graph_report.sites or graph_report.error is not None:
-        log.info("%s: %s", graph_report.name, graph_report)
+
+
+@contextlib.contextmanager
+def recording_nothing() -> Iterator[None]:
+    """Keeps what the pass does inside the block out of :func:`reports` and of ``config.dump_dir``."""
+    token = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
 
 
 def reports() -> Report:
@@ -233,7 +247,7 @@ def dump(graph_report: GraphReport, before: str, after: str) -> None:
     """
     from fa3_inductor import config
 
-    if not config.dump_dir:
+    if not config.dump_dir or _apart.get():
         return
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", graph_report.name)
     folder = os.path.join(config.dump_dir, str(os.getpid()), f"{next(_dump_numbers):03d}_{name}")
