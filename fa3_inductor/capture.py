@@ -1,0 +1,220 @@
+"""A functional, pre-autograd ATen view of a Dynamo graph, for reading only, and the way back.
+
+The view has a small vocabulary: methods, operators, in-place writes, nn modules and vmapped functions have all become
+functional ATen calls, while ``scaled_dot_product_attention`` is still whole. For every value of the Dynamo graph the
+capture records which ATen node it is, and again after every in-place write, so that a value can be taken from the
+Dynamo graph exactly where it still holds.
+"""
+
+import dataclasses
+import operator
+import time
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from . import tracing
+from .opaque import EXPANSIONS
+
+
+class CaptureError(RuntimeError):
+    """The graph could not be captured; the message says at which of the user's operations."""
+
+
+@dataclasses.dataclass
+class Capture:
+    """The ATen view of ``source`` and the correspondence between the two graphs."""
+
+    source: GraphModule
+    view: GraphModule
+    seconds: float
+    inputs: dict[Node, Node]  # placeholder of the view -> placeholder of the source
+    _history: dict[
+        Node, list[tuple[int, Any]]
+    ]  # source node -> [(since which source node, ATen node or tuple of them)]
+    _order: dict[Node, int]
+    _sources: dict[Node, list[Node]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for node, entries in self._history.items():
+            for _, value in entries:
+                if isinstance(value, Node) and node not in self._sources.setdefault(value, []):
+                    self._sources[value].append(node)
+
+    def value_of(self, node: Node, before: Node) -> Any:
+        """The ATen node (or tuple of nodes) that ``node`` holds when ``before`` starts to run; None if not a tensor."""
+        now = self._order[before]
+        held = None
+        for since, value in self._history.get(node, ()):
+            if since < now:
+                held = value
+        return held
+
+    def find(self, value: Node, before: Node) -> Node | None:
+        """A node of the source graph that holds exactly ``value`` when ``before`` starts to run."""
+        for node in self._sources.get(value, ()):
+            if self._order[node] < self._order[before] and self.value_of(node, before) is value:
+                return node
+        return None
+
+    def origin(self, value: Node) -> Node | None:
+        """The node of the source graph during which ``value`` was computed."""
+        return value.meta.get("fa3_origin")
+
+    def outputs(self, node: Node) -> Any:
+        """What ``node`` of the source graph returned: an ATen node or a tuple of them."""
+        entries = self._history.get(node)
+        return entries[0][1] if entries else None
+
+    def held_by(self, value: Node) -> list[Node]:
+        """Every node of the source graph that held ``value`` at some time."""
+        return list(self._sources.get(value, ()))
+
+
+class _Recorder(torch.fx.Interpreter):
+    """Runs the Dynamo graph under capture and notes which traced node every value is."""
+
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.history: dict[Node, list[tuple[int, Any]]] = {}
+        self.origins: dict[Node, Node] = {}
+        self.current: Node | None = None
+        self._by_storage: dict[int | None, list[Node]] = {}
+        self._graph_length = 0
+        self._step = -1
+
+    def run_node(self, n: Node) -> Any:
+        self._step += 1
+        self.current = n
+        result = super().run_node(n)
+        tracer = tracing.current_tracer()
+        if tracer is None:  # the shape-propagating pass that comes before the traced one
+            return result
+        if n.op != "output":
+            value = _traced(result, tracer)
+            if value is not None:
+                self.history[n] = [(self._step, value)]
+                self._by_storage.setdefault(_storage(n), []).append(n)
+            if may_write(n):
+                self._follow_write(n, tracer)
+        self._note_origins(n, tracer.graph)
+        return result
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        expansion = EXPANSIONS.get(target)
+        return expansion(*args, **kwargs) if expansion is not None else super().call_function(target, args, kwargs)
+
+    def _follow_write(self, writer: Node, tracer: Any) -> None:
+        """After an in-place write, note the new value of everything that may alias what was written."""
+        storages = {_storage(arg) for arg in writer.all_input_nodes}
+        if None in storages or isinstance(writer.target, torch._ops.HigherOrderOperator):
+            storages = set(self._by_storage)
+        for storage in storages | {None}:
+            for node in self._by_storage.get(storage, ()):
+                if node is writer:
+                    continue
+                value = _traced(self.env[node], tracer)
+                if value is not None and value != self.history[node][-1][1]:
+                    self.history[node].append((self._step, value))
+
+    def _note_origins(self, n: Node, graph: torch.fx.Graph) -> None:
+        appended = len(graph.nodes) - self._graph_length
+        for node, _ in zip(reversed(graph.nodes), range(appended), strict=False):
+            if node.op != "placeholder":
+                self.origins[node] = n
+        self._graph_length = len(graph.nodes)
+
+
+def _storage(node: Node) -> int | None:
+    """What tells the storage of a Dynamo node's tensor; -1 for another kind of value, None where nothing is known."""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    if isinstance(value, torch.Tensor):
+        return value.untyped_storage()._cdata
+    return None if value is None else -1
+
+
+def _traced(result: Any, tracer: Any) -> Any:
+    if isinstance(result, (tuple, list)):
+        return tuple(_traced(r, tracer) for r in result)
+    return tracing.traced_node(result, tracer)
+
+
+_INPLACE_OPERATORS = {getattr(operator, name.strip("_")) for name in dir(operator) if name.startswith("__i")} - {
+    operator.inv,
+    operator.invert,
+    operator.index,
+}
+
+
+def may_write(node: Node) -> bool:
+    """Whether a Dynamo node may write to a tensor in place. Errs on the side of yes."""
+    target = node.target
+    if node.op == "call_method":
+        return target == "__setitem__" or (target.endswith("_") and not target.endswith("__"))
+    if node.op != "call_function":
+        return False
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    if isinstance(target, torch._ops.HigherOrderOperator) or target is operator.setitem or target in _INPLACE_OPERATORS:
+        return True
+    name = getattr(target, "__name__", "")
+    if (
+        node.kwargs.get("inplace")
+        or node.kwargs.get("out") is not None
+        or name.endswith("_")
+        and not name.endswith("__")
+    ):
+        return True
+    # An ``inplace`` argument given by position cannot be told from another flag, so any True counts.
+    parameters = getattr(getattr(target, "__code__", None), "co_varnames", ())
+    return "inplace" in parameters and any(arg is True for arg in node.args)
+
+
+class _Wrapped(torch.nn.Module):
+    """What is traced: runs the recorder instead of the graph's generated code."""
+
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__()
+        self.module = module
+        self.recorder = _Recorder(module)
+
+    def forward(self, *args: Any) -> Any:
+        self.recorder = _Recorder(self.module)
+        return self.recorder.run(*args)
+
+
+def capture(gm: GraphModule) -> Capture:
+    """Capture ``gm``, whose placeholders carry fake tensors in ``meta["example_value"]`` as Dynamo leaves them.
+
+    Raises:
+        CaptureError: the graph holds something that cannot be traced functionally; the graph itself is untouched.
+    """
+    start = time.perf_counter()
+    wrapped = _Wrapped(gm)
+    try:
+        view = tracing.export_before_autograd(wrapped, _fake_inputs(gm))
+    except Exception as error:
+        at = wrapped.recorder.current
+        where = f" at '{at.name}' ({at.target})" if at is not None else ""
+        message = str(error).strip().partition("\n")[0]
+        raise CaptureError(f"{type(error).__name__}{where}: {message}") from error
+    recorder = wrapped.recorder
+    for node in view.graph.nodes:
+        if node in recorder.origins:
+            node.meta["fa3_origin"] = recorder.origins[node]
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    lifted = view.graph.find_nodes(op="placeholder")  # parameters of gm itself come first
+    inputs = dict(zip(lifted[len(lifted) - len(placeholders) :], placeholders, strict=True))
+    order = {node: number for number, node in enumerate(gm.graph.nodes)}
+    return Capture(gm, view, time.perf_counter() - start, inputs, recorder.history, order)
+
+
+def _fake_inputs(gm: GraphModule) -> list[Any]:
+    values = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("example_value", node.meta.get("val"))
+        if value is None:
+            raise CaptureError(f"graph input '{node.name}' has no example value")
+        values.append(value)
+    return values

@@ -1,0 +1,127 @@
+"""From a spec to what runs it: the Hopper kernels, scaled_dot_product_attention, or the plain PyTorch reference."""
+
+import dataclasses
+
+import sympy
+import torch
+
+from .patterns.reasons import Reason
+from .patterns.spec import AttentionSpec, Empty, Rejected, TermKind
+
+Target = str  # "hopper" | "sdpa" | "reference"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """``target`` and, for a person, ``kernel``; ``why`` says what kept the Hopper kernel from being chosen, if it was."""
+
+    target: Target
+    kernel: str
+    empty: Empty
+    why: str = ""
+
+
+def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool) -> Plan:
+    """Choose the target of one attention. ``requested`` is ``config.target``.
+
+    Raises:
+        Rejected: no target computes this attention as the user wrote it.
+    """
+    tensors = {name: getattr(spec, name).node.meta["val"] for name in ("q", "k", "v")}
+    _check(spec, tensors)
+    empty = spec.empty
+    if relaxed_empty_rows and empty is not Empty.IMPOSSIBLE:
+        empty = Empty.ZERO
+    if requested == "reference":
+        if spec.dropout_p:
+            return Plan("sdpa", "F.scaled_dot_product_attention", empty, "the reference has no dropout")
+        return Plan("reference", "fa3::attention (PyTorch)", empty)
+    why = "asked for by config.target" if requested == "sdpa" else _not_on_hopper(spec, tensors)
+    if why is None:
+        return Plan("hopper", _kernel_name(spec, tensors["q"].dtype), empty)
+    return Plan("sdpa", "F.scaled_dot_product_attention", empty, why)
+
+
+def _check(spec: AttentionSpec, tensors: dict[str, torch.Tensor]) -> None:
+    devices = {x.device for x in tensors.values()}
+    devices |= {t.operand.node.meta["val"].device for t in spec.terms if t.operand.node.meta["val"].ndim}
+    if len(devices) > 1:
+        raise Rejected(Reason.DEVICE, ", ".join(sorted(map(str, devices))))
+    if any(x.is_nested for x in tensors.values()):
+        raise Rejected(Reason.NESTED)
+    dtypes = {x.dtype for x in tensors.values()}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
+        raise Rejected(Reason.DTYPE, ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes)))
+    sizes = (spec.batch_size, spec.q_heads, spec.axes.seqlen_q, spec.axes.seqlen_k, spec.head_dim, spec.head_dim_v)
+    if any(s == 0 for s in sizes):
+        raise Rejected(Reason.EMPTY, "sizes " + ", ".join(map(str, sizes)))
+
+
+def _not_on_hopper(spec: AttentionSpec, tensors: dict[str, torch.Tensor]) -> str | None:
+    q = tensors["q"]
+    if q.device.type != "cuda":
+        return f"{q.device.type} tensors"
+    if torch.cuda.get_device_capability(q.device) != (9, 0):
+        return "the GPU is not sm_90"
+    if any(t.window is None for t in spec.terms):
+        kinds = {"a bias" if t.kind is TermKind.BIAS else "a mask" for t in spec.terms if t.window is None}
+        return " and ".join(sorted(kinds)) + " as an operand"
+    if spec.dropout_p:
+        return "dropout"
+    if spec.mask.window_left is not None:
+        return "a sliding window"
+    if spec.mask.window_right is not None and seqlen_offset(spec) is None:
+        return f"a window known only as {spec.mask.window_right}"
+    from .kernels.forward import supports
+
+    return supports(*shapes(spec), q.dtype, None, spec.mask.window_right)
+
+
+def shapes(spec: AttentionSpec) -> tuple[tuple[int | str, ...], ...]:
+    """q, k and v as [B, H, S, D]; a symbolic size is its name."""
+
+    def readable(*sizes: sympy.Expr) -> tuple[int | str, ...]:
+        return tuple(int(s) if s.is_number else str(s) for s in sizes)
+
+    b, sk = spec.batch_size, spec.axes.seqlen_k
+    return (
+        readable(b, spec.q_heads, spec.axes.seqlen_q, spec.head_dim),
+        readable(b, spec.kv_heads, sk, spec.head_dim),
+        readable(b, spec.kv_heads, sk, spec.head_dim_v),
+    )
+
+
+def seqlen_offset(spec: AttentionSpec) -> tuple[int, bool] | None:
+    """``window_right`` as (n, False) = n or (n, True) = seqlen_k - seqlen_q + n; None if it is neither."""
+    right = spec.mask.window_right
+    if right.is_number:
+        return int(right), False
+    rest = sympy.expand(right - (spec.axes.seqlen_k - spec.axes.seqlen_q))
+    return (int(rest), True) if rest.is_number else None
+
+
+def _kernel_name(spec: AttentionSpec, dtype: torch.dtype) -> str:
+    causal = "causal" if spec.mask.window_right is not None else "full"
+    return f"attention_forward[{str(dtype).removeprefix('torch.')}, d{spec.head_dim}, {causal}]"
+
+
+def cost(spec: AttentionSpec, itemsize: int) -> tuple[int | None, int | None]:
+    """(forward FLOPs, bytes of scores and weights no longer materialised), None where a size is symbolic."""
+    pairs = spec.batch_size * spec.q_heads * spec.axes.seqlen_q * spec.axes.seqlen_k
+    if not pairs.is_number:
+        return None, None
+    visible = pairs
+    left, right = spec.mask.window_left, spec.mask.window_right
+    if all(w is None or w.is_number for w in (left, right)) and spec.mask.is_window and (left, right) != (None, None):
+        visible = spec.batch_size * spec.q_heads * _visible_pairs(int(spec.axes.seqlen_q), int(spec.axes.seqlen_k), left, right)
+    flops = 2 * visible * (spec.head_dim + spec.head_dim_v)
+    return int(flops) if flops.is_number else None, int(2 * pairs * itemsize)
+
+
+def _visible_pairs(seqlen_q: int, seqlen_k: int, left: sympy.Expr | None, right: sympy.Expr | None) -> int:
+    total = 0
+    for q in range(seqlen_q):
+        first = 0 if left is None else max(0, q - int(left))
+        last = seqlen_k - 1 if right is None else min(seqlen_k - 1, q + int(right))
+        total += max(0, last - first + 1)
+    return total

@@ -1,0 +1,402 @@
+"""Putting a fused attention into the user's Dynamo graph, in place of the node that the attention's result came from.
+
+Operands are taken from the Dynamo graph where it holds exactly the captured value at that point; what it does not hold
+(the inside of an opaque operation, a value since overwritten) is computed again from what it does hold. Everything else
+stays the user's own graph, so aliasing, mutation, autocast and no_grad regions are untouched.
+"""
+
+import math
+import operator
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from . import ops  # noqa: F401  (registers fa3::attention)
+from .capture import Capture, may_write
+from .patterns.layouts import packet
+from .patterns.masks import Mask
+from .patterns.reasons import Reason
+from .patterns.spec import AttentionSpec, Empty, Operand, Rejected, TermKind
+from .plan import Plan, seqlen_offset
+
+aten = torch.ops.aten
+
+
+class Splicer:
+    """Rewrites one graph. Every attention is spliced whole or, when that fails, not at all."""
+
+    def __init__(self, captured: Capture, mode: Any) -> None:
+        self.capture = captured
+        self.graph = captured.source.graph
+        self.mode = mode  # the fake tensor mode of the graph
+        self._rebuilt: dict[Node, dict[Node, Node]] = {}  # Dynamo node -> {captured node: its replacement}
+        self._removed: set[Node] = set()
+
+    def splice(self, spec: AttentionSpec, plan: Plan, interior: tuple[Node, ...]) -> None:
+        """Compute ``spec`` by ``plan`` where its result was computed.
+
+        Raises:
+            Rejected: the attention cannot be taken out of the user's graph; the graph is as it was.
+        """
+        place = self.capture.origin(spec.result)
+        if place is None:
+            raise Rejected(Reason.OPAQUE, f"'{spec.result.name}' comes from no operation of the graph")
+        if spec.is_sdpa and plan.target == "sdpa" and not _simplifies(spec):
+            return
+        _check_hooks(self.capture, interior)
+        values = dict(self._rebuilt.get(place, {}))
+        emit = _Emitter(self.capture, place, values, self.mode)
+        try:
+            out = _attention(emit, spec, plan)
+            values[spec.result] = _restore(emit, out, spec)
+            self._replace(emit, place, spec)
+        except Exception:
+            emit.undo()
+            raise
+        self._rebuilt[place] = values
+        self._removed.update(n for value in interior for n in self.capture.held_by(value))
+
+    def _replace(self, emit: "_Emitter", place: Node, spec: AttentionSpec) -> None:
+        """Give every user of ``place`` the values computed from the new attention."""
+        outputs = self.capture.outputs(place)
+        result = emit.values[spec.result]
+        if isinstance(outputs, tuple):
+            readers = list(place.users)
+            if not all(r.target is operator.getitem and isinstance(r.args[1], int) for r in readers):
+                raise Rejected(Reason.OPAQUE, f"the results of '{place.name}' are used as a whole")
+            replaced = [(r, emit.materialise(outputs[r.args[1]])) for r in readers if outputs[r.args[1]] is not None]
+        elif outputs is None:
+            raise Rejected(Reason.OPAQUE, f"what '{place.name}' returns is not understood")
+        else:
+            if outputs is spec.result and _needs_layout_of(spec.result, place, result, self.mode):
+                result = emit.values[spec.result] = emit.call(aten.clone.default, result, memory_format=torch.contiguous_format)
+            replaced = [(place, emit.materialise(outputs))]
+        for old, new in replaced:
+            old.replace_all_uses_with(new, propagate_meta=False)
+        self._removed.add(place)
+
+    def finish(self) -> None:
+        """Remove what the attentions left without a use. Nothing that writes in place outside them is touched."""
+        ancestors = set(self._removed)
+        for node in reversed(list(self.graph.nodes)):
+            if node not in ancestors or node.users or node.op in ("placeholder", "output"):
+                continue
+            if node in self._removed or not may_write(node):
+                ancestors.update(node.all_input_nodes)
+                self.graph.erase_node(node)
+        self.graph.lint()
+        self.capture.source.recompile()
+
+
+def _simplifies(spec: AttentionSpec) -> bool:
+    """Whether an SDPA call gains from being written again: its mask tensor is proved to be causal or nothing at all."""
+    has_mask = packet_argument(spec.anchor, 3, "attn_mask") is not None
+    return has_mask and all(t.window is not None for t in spec.terms) and _is_plain(spec.mask)
+
+
+def packet_argument(node: Node, position: int, name: str) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+
+
+def _is_plain(mask: Mask) -> bool:
+    return mask.window_left is None and mask.window_right in (None, 0)
+
+
+_HOOKS = ("register_hook", "retain_grad", "register_post_accumulate_grad_hook", "requires_grad_")
+
+
+def _check_hooks(captured: Capture, interior: tuple[Node, ...]) -> None:
+    for value in interior[:-1]:
+        for node in captured.held_by(value):
+            for user in node.users:
+                name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+                if name in _HOOKS:
+                    raise Rejected(Reason.SCORES_USED, f"'{user.name}' ({name}) watches '{node.name}'")
+
+
+class _Emitter:
+    """Adds nodes to the Dynamo graph before one place, with fake values, and can take them out again."""
+
+    def __init__(self, captured: Capture, place: Node, values: dict[Node, Node], mode: Any) -> None:
+        self.capture = captured
+        self.place = place
+        self.values = values
+        self.mode = mode
+        self.added: list[Node] = []
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        graph = self.place.graph
+        with graph.inserting_before(self.place):
+            if isinstance(target, str):
+                node = graph.call_method(target, args, kwargs)
+            else:
+                node = graph.call_function(target, args, kwargs)
+        self.added.append(node)
+        node.meta = {k: v for k, v in self.place.meta.items() if k not in ("example_value", _FAKE)}
+        fake_args, fake_kwargs = torch.fx.map_arg((args, kwargs), fake_value)
+        with self.mode, torch.no_grad():
+            function = getattr(fake_args[0], target) if isinstance(target, str) else target
+            positional = fake_args[1:] if isinstance(target, str) else fake_args
+            node.meta["example_value"] = node.meta[_FAKE] = function(*positional, **fake_kwargs)
+        return node
+
+    def undo(self) -> None:
+        for node in reversed(self.added):
+            self.place.graph.erase_node(node)
+
+    def materialise(self, value: Node) -> Node:
+        """A node of the Dynamo graph that computes the captured ``value``, at this place."""
+        if value in self.values:
+            return self.values[value]
+        held = self.capture.find(value, self.place)
+        if held is None:
+            held = self._compute_again(value)
+        held.meta[_FAKE] = value.meta.get("val")
+        self.values[value] = held
+        return held
+
+    def _compute_again(self, value: Node) -> Node:
+        if value.op == "placeholder":
+            source = self.capture.inputs.get(value)
+            if source is not None and not isinstance(value.meta.get("val"), torch.Tensor):
+                return source
+            raise Rejected(Reason.MUTATED, f"'{getattr(source, 'name', value.name)}' is written to before the attention")
+        if value.op == "get_attr":
+            return self._attribute(value)
+        if value.op != "call_function":
+            raise Rejected(Reason.OPAQUE, f"'{value.name}' cannot be computed again")
+        random = isinstance(value.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in value.target.tags
+        if random and self.capture.origin(value) is not self.place:
+            raise Rejected(Reason.OPAQUE, f"'{value.name}' ({value.target}) is random and cannot be computed again")
+        args, kwargs = torch.fx.map_arg((value.args, value.kwargs), self.materialise)
+        return self.call(value.target, *args, **kwargs)
+
+    def _attribute(self, value: Node) -> Node:
+        source = self.capture.source
+        name = f"_fa3_constant_{value.target.replace('.', '_')}"
+        tensor = self.capture.view
+        for part in value.target.split("."):
+            tensor = getattr(tensor, part)
+        source.register_buffer(name, tensor, persistent=False)
+        with source.graph.inserting_before(self.place):
+            node = source.graph.get_attr(name)
+        self.added.append(node)
+        node.meta["example_value"] = value.meta["val"]
+        return node
+
+    def operand(self, operand: Operand) -> Node:
+        """The operand in its canonical 4-D form, as a view wherever strides allow."""
+        x = self.materialise(operand.node)
+        shape = operand.node.meta["val"].shape
+        if len(shape) == 4 and all(g in ((i,), ()) for i, g in enumerate(operand.groups)):
+            if all(g or is_one(shape[i]) for i, g in enumerate(operand.groups)):
+                return x
+        axes = list(range(len(shape)))
+        wanted = [a for group in operand.groups for a in group]
+        for axis in reversed(range(len(shape))):
+            if axis not in wanted:
+                x = self.call("select", x, axis, 0)
+                axes.remove(axis)
+        order = [axes.index(a) for a in wanted]
+        if order != sorted(order):
+            x = self.call("permute", x, *order)
+        for position, group in reversed(list(enumerate(operand.groups))):
+            start = sum(len(g) for g in operand.groups[:position])
+            if not group:
+                x = self.call("unsqueeze", x, start)
+            elif len(group) > 1:
+                x = self.call("flatten", x, start, start + len(group) - 1)
+        return x
+
+    def size(self, x: Node, dim: int) -> Any:
+        size = fake_value(x).shape[dim]
+        return size if isinstance(size, int) else self.call("size", x, dim)
+
+
+# Dynamo's own example values of intermediate nodes belong to a fake mode that is gone when a backend runs, so a node that
+# the pass reads or makes carries the value from the capture.
+_FAKE = "fa3_fake_value"
+
+
+def fake_value(node: Any) -> Any:
+    return node.meta.get(_FAKE, node.meta.get("example_value")) if isinstance(node, Node) else node
+
+
+def is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+# --------------------------------------------------------------------------------------------- the attention
+
+
+def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
+    q, k, v = (emit.operand(x) for x in (spec.q, spec.k, spec.v))
+    k, v = (_expand_batch(emit, x, q) for x in (k, v))
+    q = _expand_batch(emit, q, k)
+    scale = _scale(emit, spec, q)
+    if plan.target == "sdpa":
+        mask = None if all(t.window is not None for t in spec.terms) and _is_plain(spec.mask) else _mask(emit, spec, q)
+        gqa = {"enable_gqa": True} if spec.kv_heads != spec.q_heads else {}
+        out = emit.call(
+            torch.nn.functional.scaled_dot_product_attention,
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=spec.dropout_p,
+            is_causal=mask is None and spec.mask.window_right == 0,
+            scale=scale,
+            **gqa,
+        )
+        row_seen = None if mask is None or plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO) else _row_seen(emit, mask)
+    else:
+        by_window = all(t.window is not None for t in spec.terms) and spec.mask.window_left is None
+        right = _window_right(emit, spec, q, k) if by_window and spec.mask.window_right is not None else None
+        bias, mask = (None, None) if by_window else _bias_and_mask(emit, spec)
+        pair = emit.call(torch.ops.fa3.attention.default, q, k, v, bias, mask, scale, None, right, plan.target)
+        out = emit.call(operator.getitem, pair, 0)
+        row_seen = None
+        if plan.empty not in (Empty.IMPOSSIBLE, Empty.ZERO):
+            lse = emit.call("unsqueeze", emit.call(operator.getitem, pair, 1), -1)
+            row_seen = emit.call(operator.gt, lse, -math.inf)
+    return out if row_seen is None else _with_empty_rows(emit, spec, plan, out, v, row_seen)
+
+
+def _expand_batch(emit: _Emitter, x: Node, like: Node) -> Node:
+    mine, theirs = fake_value(x).shape[0], fake_value(like).shape[0]
+    if is_one(mine) and not is_one(theirs):
+        return emit.call("expand", x, emit.size(like, 0), -1, -1, -1)
+    return x
+
+
+def _scale(emit: _Emitter, spec: AttentionSpec, q: Node) -> Any:
+    if spec.scale.is_number:
+        return float(spec.scale)
+    if sympy.simplify(spec.scale * sympy.sqrt(spec.head_dim)) == 1:
+        return emit.call(operator.pow, emit.size(q, 3), -0.5)
+    raise Rejected(Reason.TENSOR_SCALE, f"the scale is {spec.scale}")
+
+
+def _window_right(emit: _Emitter, spec: AttentionSpec, q: Node, k: Node) -> Any:
+    offset = seqlen_offset(spec)
+    if offset is None:
+        raise Rejected(Reason.LAYOUT, f"the window is {spec.mask.window_right}")
+    number, relative = offset
+    if not relative:
+        return number
+    difference = emit.call(operator.sub, emit.size(k, 2), emit.size(q, 2))
+    return emit.call(operator.add, difference, number) if number else difference
+
+
+def _bias_and_mask(emit: _Emitter, spec: AttentionSpec) -> tuple[Node | None, Node | None]:
+    """Everything that shapes the scores as one sum and one condition (True: visible)."""
+    bias = mask = None
+    for term in spec.terms:
+        x = emit.operand(term.operand)
+        if term.kind is TermKind.BIAS:
+            x = x if term.coefficient == 1 else emit.call(operator.mul, x, term.coefficient)
+            bias = x if bias is None else emit.call(operator.add, bias, x)
+            continue
+        if fake_value(x).dtype != torch.bool:
+            x = emit.call("bool", x)
+        if term.kind is TermKind.DROP:
+            x = emit.call(torch.logical_not, x)
+        mask = x if mask is None else emit.call(torch.logical_and, mask, x)
+    return bias, mask
+
+
+def _mask(emit: _Emitter, spec: AttentionSpec, q: Node) -> Node:
+    bias, mask = _bias_and_mask(emit, spec)
+    if bias is None and mask is None:
+        raise Rejected(Reason.LAYOUT, f"no tensor of the graph is the mask {spec.mask_text}")
+    if bias is None:
+        return mask
+    dtype = fake_value(q).dtype
+    if fake_value(bias).dtype not in (dtype, torch.float32):
+        bias = emit.call("to", bias, dtype)
+    return bias if mask is None else emit.call(torch.where, mask, bias, -math.inf)
+
+
+def _row_seen(emit: _Emitter, mask: Node) -> Node:
+    if fake_value(mask).dtype != torch.bool:
+        mask = emit.call(operator.gt, mask, -math.inf)
+    return emit.call("any", mask, -1, keepdim=True)
+
+
+def _with_empty_rows(emit: _Emitter, spec: AttentionSpec, plan: Plan, out: Node, v: Node, row_seen: Node) -> Node:
+    """Give queries that see no key what the user's spelling gives them."""
+    if plan.empty is Empty.MEAN:
+        mean = emit.call("to", emit.call("mean", emit.call("float", v), -2, keepdim=True), fake_value(out).dtype)
+        if spec.kv_heads != spec.q_heads:
+            heads, kv_heads = fake_value(out).shape[1], fake_value(v).shape[1]
+            mean = emit.call("repeat_interleave", mean, heads // kv_heads, 1)
+        return emit.call(torch.where, row_seen, out, mean)
+    # Multiplied, not written over: eager's gradient is NaN there too.
+    one = emit.call(torch.ones_like, row_seen, dtype=fake_value(out).dtype)
+    return emit.call(operator.mul, out, emit.call(torch.where, row_seen, one, math.nan))
+
+
+# --------------------------------------------------------------------------------------------- the result
+
+
+def _restore(emit: _Emitter, out: Node, spec: AttentionSpec) -> Node:
+    """From [B, H, Sq, Dv] to the axes of the user's own product."""
+    names: list[str] = []
+    position = 0
+    for axis in (spec.batch, spec.heads):
+        if len(axis) == 0:
+            out = emit.call("select", out, position, 0)
+            continue
+        if len(axis) > 1:
+            sizes = [int(s) if s.is_number else -1 for _, s in axis]
+            if sizes.count(-1) > 1:
+                raise Rejected(Reason.LAYOUT, "two symbolic sizes share one axis")
+            out = emit.call("unflatten", out, position, tuple(sizes))
+        names += [n for n, _ in axis]
+        position += len(axis)
+    names += ["q", "d"]
+    wanted = [n for axis in spec.result_axes for n in axis]
+    order = [names.index(n) for n in wanted]
+    if order != sorted(order):
+        out = emit.call("permute", out, *order)
+    for i, axis in reversed(list(enumerate(spec.result_axes))):
+        if len(axis) > 1:
+            start = sum(len(a) for a in spec.result_axes[:i])
+            out = emit.call("flatten", out, start, start + len(axis) - 1)
+    expected = spec.result.meta["val"].dtype
+    return out if fake_value(out).dtype == expected else emit.call("to", out, expected)
+
+
+_VIEWS = ("view", "view_as", "as_strided", "stride", "is_contiguous")
+_MOVES = ("transpose", "permute", "unsqueeze", "squeeze", "view", "expand", "mT", "swapaxes", "movedim", "flatten", "unflatten")
+
+
+def _needs_layout_of(result: Node, place: Node, new: Node, mode: Any) -> bool:
+    """Whether the user's code depends on the strides of the product that is being replaced."""
+    old, value = result.meta["val"], fake_value(new)
+    if old.stride() == value.stride():
+        return False
+    return _depends_on_strides(place, value, mode)
+
+
+def _depends_on_strides(node: Node, value: torch.Tensor, mode: Any) -> bool:
+    for user in node.users:
+        if user.op == "output":
+            return True
+        if user.op != "call_method" or user.args[0] is not node:
+            continue
+        if user.target in _VIEWS[1:]:
+            return True
+        if user.target not in _MOVES:
+            continue
+        args, kwargs = torch.fx.map_arg((user.args[1:], user.kwargs), fake_value)
+        try:
+            with mode, torch.no_grad():
+                moved = getattr(value, user.target)(*args, **kwargs)
+        except RuntimeError:  # view size is not compatible
+            return True
+        if isinstance(moved, torch.Tensor) and _depends_on_strides(user, moved, mode):
+            return True
+    return False

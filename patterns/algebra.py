@@ -1,0 +1,428 @@
+"""The value of a tensor as a function of its indices: what a mask is, worked out instead of guessed.
+
+``Algebra.value(node, index)`` walks the captured graph upwards from ``node`` and returns, at one symbolic index, a
+number (sympy expression), a condition (sympy Boolean) or a ``Choice`` between values. ``arange`` is an index, layout
+operations substitute indices, comparisons become relations. What is not understood becomes an ``Opaque`` atom: an
+uninterpreted function of the indices that it really depends on, so that two reads of it can still be compared.
+Rounding is part of the value: constants are rounded to each tensor's dtype, and an index in a dtype that cannot count
+that far is opaque.
+"""
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from sympy.logic.boolalg import Boolean
+from torch.fx import Node
+
+from .indices import ONE, ZERO, Index, Space, broadcast_index, is_nonnegative, shape_exprs, size_expr
+from .layouts import argument, layout_step, packet, tensor
+
+aten = torch.ops.aten
+TRUE, FALSE = sympy.true, sympy.false
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """``yes`` where ``condition`` holds, else ``no``."""
+
+    condition: Boolean
+    yes: "Value"
+    no: "Value"
+
+
+Value = sympy.Expr | Boolean | Choice
+
+
+class Opaque(sympy.Function):
+    """A number read from a tensor that is not understood; its name is the node's."""
+
+
+def choose(condition: Boolean, yes: Value, no: Value) -> Value:
+    """A choice in its simplest form: decided, trivial, or Boolean if both sides are."""
+    if condition == TRUE or yes == no:
+        return yes
+    if condition == FALSE:
+        return no
+    if isinstance(yes, Boolean) and isinstance(no, Boolean):
+        if no == FALSE:
+            return sympy.And(condition, yes)
+        if yes == TRUE:
+            return sympy.Or(condition, no)
+        return sympy.Or(sympy.And(condition, yes), sympy.And(sympy.Not(condition), no))
+    return Choice(condition, yes, no)
+
+
+def lift(function: Callable[..., Value], *values: Value) -> Value:
+    """Apply a function of plain values to values that may be choices: the choice moves outwards."""
+    for position, value in enumerate(values):
+        if isinstance(value, Choice):
+
+            def side(chosen: Value, position: int = position) -> Value:
+                return lift(function, *values[:position], chosen, *values[position + 1 :])
+
+            return choose(value.condition, side(value.yes), side(value.no))
+    return function(*values)
+
+
+def to_boolean(value: Value) -> Value:
+    return lift(lambda v: v if isinstance(v, Boolean) else _relation(sympy.Ne, v, ZERO), value)
+
+
+def to_number(value: Value) -> Value:
+    return lift(lambda v: choose(v, ONE, ZERO) if isinstance(v, Boolean) else v, value)
+
+
+def _relation(kind: type, a: sympy.Expr, b: sympy.Expr) -> Boolean:
+    if a.is_infinite or b.is_infinite:
+        return sympy.sympify(_PYTHON_RELATION[kind](float(a), float(b))) if a.is_number and b.is_number else kind(a, b)
+    difference = sympy.expand(a - b)
+    if difference.is_number:
+        return sympy.sympify(bool(_PYTHON_RELATION[kind](difference, 0)))
+    return kind(difference, 0)
+
+
+_PYTHON_RELATION = {
+    sympy.Eq: operator.eq,
+    sympy.Ne: operator.ne,
+    sympy.Lt: operator.lt,
+    sympy.Le: operator.le,
+    sympy.Gt: operator.gt,
+    sympy.Ge: operator.ge,
+}
+
+# Largest count up to which every integer is exact.
+_EXACT_INTEGERS = {torch.float64: 2**53, torch.float32: 2**24, torch.float16: 2**11, torch.bfloat16: 2**8}
+
+_COMPARISONS = {
+    aten.eq: sympy.Eq,
+    aten.ne: sympy.Ne,
+    aten.lt: sympy.Lt,
+    aten.le: sympy.Le,
+    aten.gt: sympy.Gt,
+    aten.ge: sympy.Ge,
+}
+_ARITHMETIC = {
+    aten.add: operator.add,
+    aten.sub: operator.sub,
+    aten.rsub: lambda a, b: b - a,
+    aten.mul: operator.mul,
+}
+_AND = (aten.logical_and, aten.bitwise_and, aten.__and__)
+_OR = (aten.logical_or, aten.bitwise_or, aten.__or__)
+_XOR = (aten.logical_xor, aten.bitwise_xor, aten.__xor__)
+_NOT = (aten.logical_not, aten.bitwise_not)
+_CASTS = (aten._to_copy, aten.to, aten.type_as, aten.detach, aten._assert_tensor_metadata)
+_CONSTANT_FILLS = {aten.zeros: 0, aten.zeros_like: 0, aten.new_zeros: 0, aten.ones: 1, aten.ones_like: 1, aten.new_ones: 1}
+
+
+class Algebra:
+    """Evaluates tensors of one captured graph; ``constant`` gives the value of a graph input that is known and guarded.
+
+    ``constant(node, index)`` is asked for every placeholder and attribute; it returns a Value or None.
+    """
+
+    def __init__(self, space: Space, constant: Callable[[Node, Index], Value | None]) -> None:
+        self.space = space
+        self._constant = constant
+        self._memo: dict[tuple[Node, Index], Value] = {}
+        self.scores: dict[tuple[Any, Index], Any] = {}  # what scores.py read: a graph's attentions share their masks
+
+    def value(self, node: Any, index: Index) -> Value:
+        if not isinstance(node, Node):
+            return sympy.sympify(node)
+        held = node.meta.get("val")
+        if not isinstance(held, torch.Tensor):
+            return size_expr(node)
+        key = (node, index)
+        if key not in self._memo:
+            value = self._evaluate(node, index)
+            if value is not None:
+                value = self._as_dtype(value, held.dtype)
+            self._memo[key] = self.opaque(node, index) if value is None else value
+        return self._memo[key]
+
+    def operand(self, node: Any, index: Index) -> Value:
+        """The value of an operand that broadcasting aligns with ``index``."""
+        if isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor):
+            index = broadcast_index(index, shape_exprs(tensor(node)))
+        return self.value(node, index)
+
+    def opaque(self, node: Node, index: Index) -> Value:
+        # Follow pure layout so that a tensor has one name however it was reshaped.
+        while True:
+            try:
+                step = layout_step(self.space, node, index)
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+                step = None
+            if step is None:
+                break
+            node, index = step
+        atom = Opaque(sympy.Symbol(node.name), *index)
+        return sympy.Ne(atom, ZERO) if tensor(node).dtype == torch.bool else atom
+
+    def _as_dtype(self, value: Value, dtype: torch.dtype) -> Value | None:
+        if dtype == torch.bool:
+            return to_boolean(value)
+        exact = True
+
+        def leaf(v: Value) -> Value:
+            nonlocal exact
+            if isinstance(v, Boolean):
+                return lift(leaf, to_number(v))
+            if v.is_number:
+                return _round(v, dtype)
+            if dtype.is_floating_point and not v.has(Opaque):
+                exact = exact and self._counts_exactly(v, dtype)
+            return v
+
+        result = lift(leaf, value)
+        return result if exact else None
+
+    def _counts_exactly(self, value: sympy.Expr, dtype: torch.dtype) -> bool:
+        limit = _EXACT_INTEGERS.get(dtype)
+        if limit is None or not value.is_integer:
+            return False
+        bounds = self.space.bounds(value)
+        if bounds is None:
+            return False
+        if all(b.is_number for b in bounds):
+            return max(abs(bounds[0]), abs(bounds[1])) <= limit
+        # A symbolic length: a dense score row of 2**24 keys does not exist, one of 2**11 does.
+        return limit >= 2**24
+
+    def _evaluate(self, node: Node, index: Index) -> Value | None:
+        if node.op in ("placeholder", "get_attr"):
+            return self._constant(node, index)
+        if node.op != "call_function":
+            return None
+        step = layout_step(self.space, node, index)
+        if step is not None:
+            return self.value(*step)
+        kind = packet(node)
+        if kind in _CASTS:
+            return self._cast(node, index)
+        if kind in _COMPARISONS:
+            a, b = (to_number(self.operand(x, index)) for x in node.args[:2])
+            return lift(lambda x, y: _relation(_COMPARISONS[kind], x, y), a, b)
+        if kind in _ARITHMETIC:
+            return self._arithmetic(node, index)
+        if kind in _AND + _OR + _XOR:
+            return self._logic(node, index)
+        if kind in _NOT:
+            return lift(sympy.Not, to_boolean(self.operand(node.args[0], index))) if _is_bool(node) else None
+        if kind in _CONSTANT_FILLS:
+            return sympy.Integer(_CONSTANT_FILLS[kind])
+        rule = _RULES.get(kind)
+        return rule(self, node, index) if rule is not None else None
+
+    def _cast(self, node: Node, index: Index) -> Value | None:
+        source, target = tensor(node.args[0]).dtype, tensor(node).dtype
+        value = self.operand(node.args[0], index)
+        if source.is_floating_point and not target.is_floating_point and target != torch.bool:
+            whole = lift(lambda v: sympy.true if v.is_integer else sympy.false, to_number(value))
+            return value if whole == TRUE else None  # truncation
+        return value
+
+    def _arithmetic(self, node: Node, index: Index) -> Value | None:
+        if argument(node, 2, "alpha", 1) != 1 or _is_bool(node):
+            return None
+        kind = packet(node)
+        a, b = (to_number(self.operand(x, index)) for x in node.args[:2])
+
+        def apply(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
+            if kind is aten.mul and ((x.is_infinite and y.is_zero) or (x.is_zero and y.is_infinite)):
+                return sympy.nan
+            return sympy.expand(_ARITHMETIC[kind](x, y))
+
+        return lift(apply, a, b)
+
+    def _logic(self, node: Node, index: Index) -> Value | None:
+        if not _is_bool(node):
+            return None
+        kind = packet(node)
+        a, b = (to_boolean(self.operand(x, index)) for x in node.args[:2])
+        if kind in _AND:
+            return lift(sympy.And, a, b)
+        return lift(sympy.Or if kind in _OR else sympy.Xor, a, b)
+
+
+def _is_bool(node: Node) -> bool:
+    return tensor(node).dtype == torch.bool
+
+
+def _round(number: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
+    if not dtype.is_floating_point or number in (sympy.nan, sympy.zoo):
+        return number
+    rounded = torch.tensor(float(number), dtype=torch.float64).to(dtype).item()
+    if math.isinf(rounded):
+        return sympy.oo if rounded > 0 else -sympy.oo
+    if math.isnan(rounded):
+        return sympy.nan
+    return sympy.Integer(int(rounded)) if rounded == int(rounded) else sympy.Float(rounded, 17)
+
+
+Rule = Callable[[Algebra, Node, Index], Value | None]
+_RULES: dict[torch._ops.OpOverloadPacket, Rule] = {}
+
+
+def _rule(*packets: torch._ops.OpOverloadPacket) -> Callable[[Rule], Rule]:
+    def register(function: Rule) -> Rule:
+        for p in packets:
+            _RULES[p] = function
+        return function
+
+    return register
+
+
+@_rule(aten.full, aten.full_like, aten.new_full)
+def _full(algebra: Algebra, node: Node, index: Index) -> Value:
+    return algebra.value(argument(node, 2 if packet(node) is aten.new_full else 1, "fill_value"), ())
+
+
+@_rule(aten.scalar_tensor)
+def _scalar_tensor(algebra: Algebra, node: Node, index: Index) -> Value:
+    return algebra.value(node.args[0], ())
+
+
+@_rule(aten.arange)
+def _arange(algebra: Algebra, node: Node, index: Index) -> Value | None:
+    start, step = (node.args[0], ONE) if len(node.args) > 1 else (ZERO, ONE)
+    if len(node.args) > 2:
+        step = node.args[2]
+    start, step = algebra.value(start, ()), algebra.value(step, ())
+    return sympy.expand(start + step * index[0])
+
+
+@_rule(aten.neg)
+def _neg(algebra: Algebra, node: Node, index: Index) -> Value:
+    return lift(lambda v: -v, to_number(algebra.operand(node.args[0], index)))
+
+
+@_rule(aten.abs)
+def _abs(algebra: Algebra, node: Node, index: Index) -> Value | None:
+    def absolute(v: sympy.Expr) -> Value:
+        negative = _relation(sympy.Lt, v, ZERO)
+        return choose(negative, -v, v)
+
+    return lift(absolute, to_number(algebra.operand(node.args[0], index)))
+
+
+@_rule(aten.div)
+def _div(algebra: Algebra, node: Node, index: Index) -> Value | None:
+    a, b = (to_number(algebra.operand(x, index)) for x in node.args[:2])
+    if isinstance(b, Choice) or not b.is_number or b.is_zero:
+        return None
+    mode = node.kwargs.get("rounding_mode")
+    if mode is None:
+        return lift(lambda v: v / b, a)
+    if mode == "floor" and b.is_positive and b.is_integer:
+        return lift(lambda v: algebra.space.divmod(v, b)[0], a)
+    return None
+
+
+@_rule(aten.floor_divide)
+def _floor_divide(algebra: Algebra, node: Node, index: Index) -> Value | None:
+    a, b = (to_number(algebra.operand(x, index)) for x in node.args[:2])
+    if isinstance(b, Choice) or not (b.is_positive and b.is_integer):
+        return None
+    return lift(lambda v: algebra.space.divmod(v, b)[0], a)
+
+
+@_rule(aten.remainder)
+def _remainder(algebra: Algebra, node: Node, index: Index) -> Value | None:
+    a, b = (to_number(algebra.operand(x, index)) for x in node.args[:2])
+    if isinstance(b, Choice) or not (b.is_positive and b.is_integer):
+        return None
+    return lift(lambda v: algebra.space.divmod(v, b)[1], a)
+
+
+@_rule(aten.where)
+def _where(algebra: Algebra, node: Node, index: Index) -> Value | None:
+    if len(node.args) < 3:
+        return None
+    condition, yes, no = (algebra.operand(x, index) for x in node.args[:3])
+    return lift(lambda c: choose(c, yes, no), to_boolean(condition))
+
+
+@_rule(aten.masked_fill)
+def _masked_fill(algebra: Algebra, node: Node, index: Index) -> Value:
+    kept, condition, fill = (algebra.operand(x, index) for x in node.args[:3])
+    return lift(lambda c: choose(c, fill, kept), to_boolean(condition))
+
+
+@_rule(aten.tril, aten.triu)
+def _triangle(algebra: Algebra, node: Node, index: Index) -> Value:
+    diagonal = algebra.value(argument(node, 1, "diagonal", 0), ())
+    relation = sympy.Le if packet(node) is aten.tril else sympy.Ge
+    inside = _relation(relation, index[-1] - index[-2], diagonal)
+    zero = FALSE if _is_bool(node) else ZERO
+    return choose(inside, algebra.operand(node.args[0], index), zero)
+
+
+@_rule(aten.index)
+def _index(algebra: Algebra, node: Node, index: Index) -> Value | None:
+    """Indexing by integer tensors: the index is itself a value."""
+    source, positions = node.args
+    advanced = [d for d, p in enumerate(positions) if p is not None]
+    if any(tensor(positions[d]).dtype in (torch.bool, torch.uint8) for d in advanced):
+        return None
+    together = advanced == list(range(advanced[0], advanced[-1] + 1))
+    depth = max(tensor(positions[d]).ndim for d in advanced)
+    first = advanced[0] if together else 0
+    picked, plain = index[first : first + depth], index[:first] + index[first + depth :]
+    rest = iter(plain)
+    source_index: list[sympy.Expr] = []
+    for dim in range(tensor(source).ndim):
+        if dim in advanced:
+            at = algebra.operand(positions[dim], picked)
+            size = size_expr(tensor(source).shape[dim])
+            bounds = None if isinstance(at, Choice) or at.has(Opaque) else algebra.space.bounds(at)
+            if bounds is None or not _is_inside(bounds, size):
+                return None
+            source_index.append(at)
+        else:
+            source_index.append(next(rest))
+    return algebra.value(source, tuple(source_index))
+
+
+def _is_inside(bounds: tuple[sympy.Expr, sympy.Expr], size: sympy.Expr) -> bool:
+    return is_nonnegative(bounds[0]) and is_nonnegative(size - 1 - bounds[1])
+
+
+@_rule(aten.cumsum)
+def _cumsum(algebra: Algebra, node: Node, index: Index) -> Value | None:
+    """The running sum of something that does not change along the axis."""
+    source, dim = node.args[:2]
+    dim %= len(index)
+    term = to_number(algebra.operand(source, index))
+    if isinstance(term, Choice) or term.free_symbols & index[dim].free_symbols or term.has(Opaque):
+        return None
+    return sympy.expand(term * (index[dim] + 1))
+
+
+@_rule(aten.diff)
+def _diff(algebra: Algebra, node: Node, index: Index) -> Value | None:
+    source, order = node.args[0], argument(node, 1, "n", 1)
+    dim = argument(node, 2, "dim", -1) % len(index)
+    before, after = argument(node, 3, "prepend"), argument(node, 4, "append")
+    if order != 1 or after is not None:
+        return None
+
+    def at(position: sympy.Expr) -> Value:
+        return to_number(algebra.operand(source, (*index[:dim], position, *index[dim + 1 :])))
+
+    def difference(a: Value, b: Value) -> Value:
+        return lift(lambda x, y: sympy.expand(x - y), a, b)
+
+    i = index[dim]
+    if before is None:
+        return difference(at(i + 1), at(i))
+    if size_expr(tensor(before).shape[dim]) != 1:
+        return None
+    first = difference(at(ZERO), to_number(algebra.operand(before, (*index[:dim], ZERO, *index[dim + 1 :]))))
+    return choose(_relation(sympy.Eq, i, ZERO), first, difference(at(i), at(i - 1)))

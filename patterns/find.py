@@ -1,0 +1,705 @@
+"""Finding attention: anchored at softmax and at scaled_dot_product_attention, walked outwards to query, key and value."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+
+from .algebra import Algebra, Opaque, to_number
+from .indices import ZERO, Index, Space, broadcast_index, is_nonnegative, shape_exprs, size_expr
+from .layouts import argument, layout_step, packet, rank, tensor
+from .masks import FULL, Axes, Mask, describe, no_row_is_empty, prove
+from .products import as_product, is_product
+from .reasons import Reason
+from .scores import Added, Hidden, NotScores, Scores, hides_rows, leaves, read_scores
+from .spec import AttentionSpec, Empty, Operand, Rejected, Term, TermKind
+
+aten = torch.ops.aten
+
+_SOFTMAX = (aten.softmax, aten._softmax, aten._safe_softmax)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """An attention that was found: ``spec`` if it can be fused, else ``rejection``."""
+
+    anchor: Node
+    spec: AttentionSpec | None
+    rejection: Rejected | None
+    interior: tuple[Node, ...] = ()  # the captured nodes that fusing removes, result included
+
+
+def find_attention(graph: Graph, algebra: Algebra) -> Iterator[Found]:
+    """Every attention in a captured graph, in graph order. A softmax that is no attention is passed over."""
+    for node in list(graph.nodes):
+        kind = packet(node)
+        if kind is aten.scaled_dot_product_attention:
+            read: Callable[[Algebra, Node], Any] = _read_sdpa
+        elif kind in _SOFTMAX:
+            read = _read_softmax
+        else:
+            continue
+        try:
+            found = read(algebra, node)
+        except Rejected as rejection:
+            yield Found(node, None, rejection)
+            continue
+        if found is not None:
+            spec, interior = found
+            yield Found(node, spec, None, interior)
+
+
+# --------------------------------------------------------------------------------------------- softmax
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+    """The way from a softmax down to the product with v."""
+
+    product: Node
+    operand: int
+    nodes: tuple[Node, ...]  # from the softmax to the product's operand
+    dropout_p: float
+    words: tuple[str, ...]
+
+
+def users_of(node: Node) -> list[Node]:
+    return [u for u in node.users if packet(u) is not aten._assert_tensor_metadata]
+
+
+def _walk_down(softmax: Node) -> _Weights | None:
+    """From the softmax through casts, dropout and layout to a product. None if no product follows: no attention."""
+    nodes, dropout_p, words = [softmax], 0.0, []
+    others: list[Node] = []
+    node = softmax
+    while True:
+        users = users_of(node)
+        onward = [u for u in users if _leads_to_product(u, node)]
+        if not onward:
+            return None
+        others += [u for u in users if u is not onward[0]]
+        node, previous = onward[0], node
+        if is_product(node):
+            break
+        nodes.append(node)
+        if packet(node) in (aten.dropout, aten.native_dropout):
+            p, training = node.args[1], argument(node, 2, "train", True)
+            if training and p:
+                dropout_p = p
+                words.append("dropout")
+    operands = _product_operands(node)
+    if others:
+        what = "returned" if any(u.op == "output" for u in others) else f"used by '{others[0].name}' ({others[0].target})"
+        raise Rejected(Reason.WEIGHTS_USED, f"they are {what}")
+    if sum(x is previous for x in operands) != 1:
+        raise Rejected(Reason.LAYOUT, f"'{node.name}' multiplies the weights with themselves")
+    return _Weights(node, list(operands).index(previous), tuple(nodes), dropout_p, tuple(words))
+
+
+def _product_operands(node: Node) -> tuple[Node, ...]:
+    if packet(node) is aten.einsum:
+        return tuple(node.args[1])
+    return tuple(node.args[1:3] if packet(node) in (aten.baddbmm, aten.addmm) else node.args[:2])
+
+
+def _leads_to_product(user: Node, source: Node, depth: int = 8) -> bool:
+    if user.op != "call_function":
+        return False
+    if is_product(user):
+        return any(x is source for x in _product_operands(user))
+    return depth > 0 and _keeps_weights(user) and any(_leads_to_product(u, user, depth - 1) for u in users_of(user))
+
+
+_WEIGHT_OPS = (aten._to_copy, aten.to, aten.type_as, aten.dropout)
+_LAYOUT_NAMES = (aten.view, aten.reshape, aten._unsafe_view, aten.expand, aten.clone, aten.contiguous, aten.unsqueeze)
+_LAYOUT_NAMES += (aten.squeeze, aten.transpose, aten.permute, aten.alias, aten.flatten, aten.unflatten)
+
+
+def _keeps_weights(node: Node) -> bool:
+    if packet(node) in (aten._to_copy, aten.to, aten.type_as):
+        return tensor(node).dtype.is_floating_point
+    return packet(node) in _WEIGHT_OPS + _LAYOUT_NAMES
+
+
+def _read_softmax(algebra: Algebra, softmax: Node) -> tuple[AttentionSpec, tuple[Node, ...]] | None:
+    space = algebra.space
+    if not _has_scores(algebra, softmax):
+        return None
+    weights = _walk_down(softmax)
+    if weights is None:
+        return None
+    dim = argument(softmax, 1, "dim") % rank(softmax)
+    reading = _Reading(algebra, softmax, weights, dim)
+    plain = [(f"o{i}",) for i in range(rank(weights.product))]
+    first = reading.at(plain, "c")
+    splits = _splits(space, first)
+    names = reading.name_axes(first, splits)
+    final = reading.at(names, "k")
+    return reading.spec(final, names)
+
+
+def _has_scores(algebra: Algebra, softmax: Node) -> bool:
+    """Whether the softmax has a product of two tensors behind it, whatever else is in the way."""
+    space = algebra.space
+    index = tuple(space.symbol(f"s{i}", s) for i, s in enumerate(shape_exprs(tensor(softmax))))
+    try:
+        read_scores(algebra, softmax.args[0], index)
+    except NotScores as failure:
+        return failure.reason is not Reason.NO_PRODUCT
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class _View:
+    """One reading of a site at one choice of index symbols for the result."""
+
+    result_index: Index
+    k: sympy.Expr
+    scores: Scores
+    q_node: Node
+    q_index: Index
+    k_node: Node
+    k_index: Index
+    v_node: Node
+    v_index: Index
+    query_row: sympy.Expr  # the index of the score axis just before the keys
+
+
+class _Reading:
+    """Reads one softmax site; the names of the result's axes are chosen in a first reading and used in a second."""
+
+    def __init__(self, algebra: Algebra, softmax: Node, weights: _Weights, dim: int) -> None:
+        self.algebra = algebra
+        self.space = algebra.space
+        self.softmax = softmax
+        self.weights = weights
+        self.dim = dim
+        self.sizes: dict[str, sympy.Expr] = {}
+
+    def at(self, names: list[tuple[str, ...]], key_name: str) -> _View:
+        """Read the site at a symbolic element of the result whose axis ``i`` runs over the axes ``names[i]``."""
+        space, product = self.space, self.weights.product
+        shape = shape_exprs(tensor(product))
+        index: list[sympy.Expr] = []
+        for axis, size in zip(names, shape, strict=True):
+            if len(axis) == 1:
+                self.sizes[axis[0]] = size
+            linear: sympy.Expr = ZERO
+            for name in axis:
+                linear = linear * self.sizes[name] + space.symbol(name, self.sizes[name])
+            index.append(linear)
+        pv = as_product(space, product, tuple(index), key_name)
+        if pv is None or pv.added is not None or self.algebra.value(pv.alpha, ()) != 1:
+            raise Rejected(Reason.LAYOUT, f"'{product.name}' is not a plain product of weights and values")
+        sides = [(pv.a, pv.a_index), (pv.b, pv.b_index)]
+        node, at = sides[self.weights.operand]
+        v_node, v_index = sides[1 - self.weights.operand]
+        for expected in reversed(self.weights.nodes[1:]):
+            if node is not expected:
+                raise Rejected(Reason.LAYOUT, f"'{node.name}' stands between the weights and the values")
+            step = layout_step(space, node, at)
+            node, at = step if step is not None else (node.args[0], at)
+        k = at[self.dim]
+        if k != pv.contracted or any(k in e.free_symbols for i, e in enumerate(at) if i != self.dim and k != 0):
+            raise Rejected(Reason.SOFTMAX_DIM, f"'{self.softmax.name}' normalises over axis {self.dim}, the product sums over another")
+        try:
+            scores = read_scores(self.algebra, self.softmax.args[0], at)
+        except NotScores as failure:
+            raise Rejected(failure.reason, failure.detail) from None
+        qk = scores.product
+        a, b = (qk.a, qk.a_index), (qk.b, qk.b_index)
+        in_a, in_b = (any(k in e.free_symbols for e in x[1]) for x in (a, b)) if k != 0 else (False, True)
+        if in_a == in_b:
+            raise Rejected(Reason.LAYOUT, "both or neither operand of the score product run over the keys")
+        q, key = (b, a) if in_a else (a, b)
+        row = at[self.dim - 1] if self.dim else ZERO
+        return _View(tuple(index), k, scores, *q, *key, v_node, v_index, row)
+
+    def name_axes(self, view: _View, splits: dict[sympy.Symbol, sympy.Expr]) -> list[tuple[str, ...]]:
+        """Give the axes of the result their roles: "q", "d" and, for the rest in order, "b", "h", "h2", …"""
+        space = self.space
+        symbols = [next(iter(e.free_symbols), None) for e in view.result_index]
+
+        def used(index: Index) -> set[sympy.Symbol]:
+            return {s for e in index for s in space.indices_of(e)}
+
+        in_q, in_k, in_v = used(view.q_index), used(view.k_index), used(view.v_index)
+        in_p = in_q | in_k | {s for t in view.scores.terms for s in used(t.index)}
+        values = [s for s in symbols if s in in_v and s not in in_p]
+        queries = [s for s in symbols if s in in_q and s not in in_k | in_v]
+        axis_d = self._only(values, view.result_index, "value")
+        row = [s for s in queries if s in view.query_row.free_symbols]
+        axis_q = self._only(row or queries[-1:], view.result_index, "query")
+        names: list[tuple[str, ...]] = []
+        batch = iter(("b", "h", *(f"h{i}" for i in range(2, 9))))
+        for position, symbol in enumerate(symbols):
+            if position == axis_d or position == axis_q:
+                names.append(("d",) if position == axis_d else ("q",))
+            elif symbol is None:
+                names.append((next(batch),))
+            elif symbol in splits:
+                outer, inner = next(batch), next(batch)
+                size = space.size(symbol)
+                self.sizes[inner] = splits[symbol]
+                self.sizes[outer] = sympy.cancel(size / splits[symbol])
+                names.append((outer, inner))
+            else:
+                names.append((next(batch),))
+        return names
+
+    def _only(self, symbols: list[sympy.Symbol], index: Index, role: str) -> int:
+        if len(symbols) > 1:
+            raise Rejected(Reason.LAYOUT, f"the result has {len(symbols)} {role} axes")
+        if symbols:
+            return next(i for i, e in enumerate(index) if symbols[0] in e.free_symbols)
+        # An axis of size one has no symbol; matmul and the einsums in use keep (q, d) last.
+        default = len(index) - (2 if role == "query" else 1)
+        if index[default] != 0:
+            raise Rejected(Reason.LAYOUT, f"no {role} axis in the result")
+        return default
+
+    def spec(self, view: _View, names: list[tuple[str, ...]]) -> tuple[AttentionSpec, tuple[Node, ...]]:
+        space, product = self.space, self.weights.product
+        seqlen_k = shape_exprs(tensor(self.softmax))[self.dim]
+        axes = Axes(space.symbol("q", self.sizes["q"]), view.k, self.sizes["q"], seqlen_k)
+        others = [n for axis in names for n in axis if n not in ("q", "d")]
+        head_dim = size_expr(_contracted_size(view))
+        roles = _Roles.of(space, others, self.sizes, axes, "d", view.scores.product.contracted, head_dim, self.sizes["d"])
+        _check_interior(view.scores.nodes, self.softmax)
+        scale = view.scores.scale
+        q = _peel(self.algebra, view.q_node, view.q_index)
+        k = _peel(self.algebra, view.k_node, view.k_index)
+        v = _peel(self.algebra, view.v_node, view.v_index, scales=False)
+        (q, k, v), factor = _choose(roles, q, k, v, tensor(product).dtype, product)
+        scale = scale * factor
+        if not (scale.is_number and scale.is_finite) and not scale.free_symbols:
+            raise Rejected(Reason.TENSOR_SCALE, f"the scale is {scale}")
+        terms, mask, empty = _terms(self.algebra, view.scores.terms, roles, axes, Empty.NAN, scale)
+        if empty is not Empty.IMPOSSIBLE and empty is Empty.MEAN and self.weights.dropout_p:
+            raise Rejected(Reason.EMPTY_ROWS, "the mean over hidden keys would have to be dropped out as well")
+        words = [*view.scores.words, "softmax", *self.weights.words, str(packet(product)).partition(".")[2]]
+        spec = AttentionSpec(
+            anchor=self.softmax,
+            result=product,
+            result_axes=tuple(names),
+            batch=roles.batch,
+            heads=roles.heads,
+            q=q,
+            k=k,
+            v=v,
+            axes=axes,
+            head_dim=head_dim,
+            head_dim_v=self.sizes["d"],
+            kv_heads=roles.heads_of(k),
+            scale=scale,
+            mask=mask,
+            mask_text=describe(mask, axes, space) if not _has_bias(terms) else _with_bias(describe(mask, axes, space), terms),
+            terms=terms,
+            empty=empty,
+            dropout_p=self.weights.dropout_p,
+            form=" · ".join(words),
+        )
+        return spec, (*view.scores.nodes, *self.weights.nodes, product)
+
+
+def _contracted_size(view: _View) -> Any:
+    product = view.scores.product
+    node, index = product.a, product.a_index
+    for size, entry in zip(tensor(node).shape, index, strict=True):
+        if entry == product.contracted and product.contracted != 0:
+            return size
+    return 1
+
+
+def _has_bias(terms: tuple[Term, ...]) -> bool:
+    return any(t.window is None and t.kind is TermKind.BIAS for t in terms)
+
+
+def _with_bias(text: str, terms: tuple[Term, ...]) -> str:
+    return "bias" if text == "full" else f"{text} & bias"
+
+
+def _splits(space: Space, view: _View) -> dict[sympy.Symbol, sympy.Expr]:
+    """Result axes that are really two: index // n or index % n of one was read somewhere."""
+    found: dict[sympy.Symbol, sympy.Expr] = {}
+    indices = [view.q_index, view.k_index, view.v_index, *(t.index for t in view.scores.terms)]
+    for node, index in ((view.q_node, view.q_index), (view.k_node, view.k_index), (view.v_node, view.v_index)):
+        step: tuple[Node, Index] | None = (node, index)
+        while step is not None:
+            indices.append(step[1])
+            step = layout_step(space, *step)
+    for term in view.scores.terms:
+        step = (term.node, term.index)
+        while step is not None:
+            indices.append(step[1])
+            step = layout_step(space, *step)
+    for index in indices:
+        for entry in index:
+            for part in entry.atoms(sympy.floor, sympy.Mod):
+                inner = part.args[0] if isinstance(part, sympy.Mod) else sympy.numer(part.args[0])
+                divisor = part.args[1] if isinstance(part, sympy.Mod) else sympy.denom(part.args[0])
+                if inner in space.indices_of(inner) and space.size(inner) is not None:
+                    size = space.size(inner)
+                    whole = sympy.cancel(size / divisor)
+                    if sympy.denom(whole) == 1 and inner not in found:
+                        found[inner] = divisor
+    return {s: n for s, n in found.items() if not _is_group(view, s)}
+
+
+def _is_group(view: _View, symbol: sympy.Symbol) -> bool:
+    """A head axis that only k and v read by groups stays one axis: that is grouped-query attention."""
+    whole_in_q = any(e == symbol for e in view.q_index)
+    return whole_in_q and any(e == symbol for e in view.result_index) and len(view.result_index) >= 4
+
+
+def _check_interior(nodes: tuple[Node, ...], softmax: Node) -> None:
+    """Every score must be used by the chain alone."""
+    chain = {*nodes, softmax}
+    for node in nodes:
+        for user in users_of(node):
+            if user not in chain:
+                what = "returned" if user.op == "output" else f"used by '{user.name}' ({user.target})"
+                raise Rejected(Reason.SCORES_USED, f"'{node.name}' is {what}")
+
+
+# --------------------------------------------------------------------------------------------- operands
+
+
+@dataclasses.dataclass(frozen=True)
+class _Candidate:
+    """A tensor that an operand can be taken from: ``operand = factor * node[index]``."""
+
+    node: Node
+    index: Index
+    factor: sympy.Expr
+
+
+def _peel(algebra: Algebra, node: Node, index: Index, scales: bool = True) -> list[_Candidate]:
+    """The operand itself, then what it is a view, an exact cast or a multiple of, outwards in."""
+    found = [_Candidate(node, index, sympy.Integer(1))]
+    factor: sympy.Expr = sympy.Integer(1)
+    while True:
+        step = layout_step(algebra.space, node, index)
+        if step is not None:
+            node, index = step
+        elif packet(node) in (aten._to_copy, aten.to) and _widens(node):
+            node = node.args[0]
+        elif scales and packet(node) in (aten.mul, aten.div) and _is_scaled(algebra, node):
+            tensor_side = next(x for x in node.args[:2] if isinstance(x, Node) and rank(x) > 0)
+            number = node.args[1] if tensor_side is node.args[0] else node.args[0]
+            value = algebra.value(number, ())
+            factor = factor * value if packet(node) is aten.mul else factor / value
+            index = broadcast_index(index, shape_exprs(tensor(tensor_side)))
+            node = tensor_side
+        else:
+            return found
+        found.append(_Candidate(node, index, factor))
+
+
+def _widens(node: Node) -> bool:
+    source, target = tensor(node.args[0]).dtype, tensor(node).dtype
+    narrow = source in (torch.bfloat16, torch.float16) and target in (torch.float32, source)
+    return source == target or narrow
+
+
+def _is_scaled(algebra: Algebra, node: Node) -> bool:
+    """Whether a mul or div is a tensor times one finite number, in the tensor's own dtype and shape."""
+    sides = [x for x in node.args[:2] if isinstance(x, Node) and isinstance(x.meta.get("val"), torch.Tensor) and rank(x) > 0]
+    if len(sides) != 1 or node.kwargs.get("rounding_mode") is not None:
+        return False
+    if packet(node) is aten.div and sides[0] is not node.args[0]:
+        return False
+    number = node.args[1] if sides[0] is node.args[0] else node.args[0]
+    value = algebra.value(number, ())
+    known = isinstance(value, sympy.Expr) and not value.has(Opaque) and not value.is_zero and value.is_finite is not False
+    return known and tensor(sides[0]).dtype == tensor(node).dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class _Roles:
+    """Which index symbol plays which canonical axis."""
+
+    space: Space
+    batch: tuple[tuple[str, sympy.Expr], ...]
+    heads: tuple[tuple[str, sympy.Expr], ...]
+    q: sympy.Expr
+    k: sympy.Expr
+    d: sympy.Expr  # head dim of the value
+    e: sympy.Expr  # contracted head dim of query and key
+    head_dim: sympy.Expr
+    head_dim_v: sympy.Expr
+
+    @staticmethod
+    def of(
+        space: Space,
+        names: list[str],
+        sizes: dict[str, sympy.Expr],
+        axes: Axes,
+        d_name: str,
+        e: sympy.Expr,
+        head_dim: sympy.Expr,
+        head_dim_v: sympy.Expr,
+    ) -> "_Roles":
+        named = [(n, sizes[n]) for n in names]
+        d = space.symbol(d_name, head_dim_v)
+        return _Roles(space, tuple(named[:1]), tuple(named[1:]), axes.q, axes.k, d, e, head_dim, head_dim_v)
+
+    def group(self, index: Index, row: sympy.Expr, column: sympy.Expr) -> Operand | None:
+        """``index`` as canonical axes (batch, heads, row, column), or None if it is no arrangement of them."""
+        positions: dict[sympy.Expr, int] = {}
+        grouped: tuple[int, ...] | None = None
+        for position, entry in enumerate(index):
+            if entry == 0:
+                continue
+            if entry in positions:
+                return None
+            positions[entry] = position
+        batch = self._axis(positions, self.batch)
+        heads = self._axis(positions, self.heads)
+        if heads is None and len(self.heads) == 1:
+            grouped = self._grouped(positions)
+            heads = grouped
+        rows, columns = self._single(positions, row), self._single(positions, column)
+        if batch is None or heads is None or positions:
+            return None
+        return Operand(None, (batch, heads, rows, columns))  # the node is filled in by the caller
+
+    def _single(self, positions: dict[sympy.Expr, int], symbol: sympy.Expr) -> tuple[int, ...]:
+        return (positions.pop(symbol),) if symbol != 0 and symbol in positions else ()
+
+    def _axis(self, positions: dict[sympy.Expr, int], axis: tuple[tuple[str, sympy.Expr], ...]) -> tuple[int, ...] | None:
+        """Positions of the symbols of one canonical axis: all of them, a leading part (grouped), or none."""
+        symbols = [self.space.symbol(n, size) for n, size in axis]
+        symbols = [s for s in symbols if s != 0]
+        present = [s in positions for s in symbols]
+        count = sum(present)
+        if any(present[count:]):
+            return None
+        if count == 0 and symbols and any(e.free_symbols & {s for s in symbols} for e in positions):
+            return None
+        return tuple(positions.pop(s) for s in symbols[:count])
+
+    def _grouped(self, positions: dict[sympy.Expr, int]) -> tuple[int, ...] | None:
+        """``h // group`` as the head index."""
+        name, size = self.heads[0]
+        h = self.space.symbol(name, size)
+        for entry in list(positions):
+            if isinstance(entry, sympy.floor) and entry.free_symbols & h.free_symbols:
+                group = sympy.cancel(h / entry.args[0])
+                if not group.free_symbols & h.free_symbols and group.is_integer:
+                    return (positions.pop(entry),)
+        return None
+
+    def heads_of(self, operand: Operand) -> sympy.Expr:
+        shape = shape_exprs(tensor(operand.node))
+        return sympy.prod([shape[i] for i in operand.groups[1]])
+
+
+def _choose(
+    roles: _Roles, q: list[_Candidate], k: list[_Candidate], v: list[_Candidate], out_dtype: torch.dtype, product: Node
+) -> tuple[tuple[Operand, Operand, Operand], sympy.Expr]:
+    """The innermost tensors that are arranged as one attention's q, k and v and share a dtype that loses nothing."""
+
+    def arranged(candidates: list[_Candidate], row: sympy.Expr, column: sympy.Expr) -> list[tuple[_Candidate, Operand]]:
+        pairs = ((c, roles.group(c.index, row, column)) for c in candidates)
+        return [(c, dataclasses.replace(o, node=c.node)) for c, o in pairs if o is not None]
+
+    qs = [x for x in arranged(q, roles.q, roles.e) if _spans(roles, x[1])]
+    ks, vs = arranged(k, roles.k, roles.e), arranged(v, roles.k, roles.d)
+    dtypes = [d for d in (torch.float16, torch.bfloat16, torch.float32) if _keeps(d, out_dtype, product)]
+    seen = {tensor(c.node).dtype for x in (q, k, v) for c in x[:1]}
+    for dtype in dtypes:
+        by_dtype = [[x for x in xs if tensor(x[0].node).dtype == dtype] for xs in (qs, ks, vs)]
+        if not all(by_dtype):
+            continue
+        chosen_q = by_dtype[0][-1]
+        for chosen_k in reversed(by_dtype[1]):
+            for chosen_v in reversed(by_dtype[2]):
+                if roles.heads_of(chosen_k[1]) == roles.heads_of(chosen_v[1]):
+                    factor = chosen_q[0].factor * chosen_k[0].factor
+                    return (chosen_q[1], chosen_k[1], chosen_v[1]), factor
+    if not (qs and ks and vs):
+        missing = [n for n, x in (("q", qs), ("k", ks), ("v", vs)) if not x]
+        raise Rejected(Reason.LAYOUT, f"the axes of {', '.join(missing)} are not those of an attention")
+    if seen - set(_FLOATS) or len(seen) > 1 or not dtypes:
+        raise Rejected(Reason.DTYPE, "seen: " + ", ".join(sorted(str(d).removeprefix("torch.") for d in seen)))
+    raise Rejected(Reason.LAYOUT, "k and v have different head counts")
+
+
+def _spans(roles: _Roles, operand: Operand) -> bool:
+    """The query has every head (its batch axis may be broadcast)."""
+    return len(operand.groups[1]) == len([1 for n, s in roles.heads if s != 1])
+
+
+def _keeps(dtype: torch.dtype, out_dtype: torch.dtype, product: Node) -> bool:
+    """Whether computing with operands of ``dtype`` loses nothing that the user's result has."""
+    if dtype.itemsize >= out_dtype.itemsize:
+        return dtype.itemsize > out_dtype.itemsize or dtype == out_dtype
+    return all(_narrowed_to(u, dtype) for u in users_of(product))
+
+
+def _narrowed_to(user: Node, dtype: torch.dtype) -> bool:
+    if packet(user) in (aten._to_copy, aten.to, aten.type_as):
+        return tensor(user).dtype == dtype
+    if packet(user) in _LAYOUT_NAMES:
+        return bool(users_of(user)) and all(_narrowed_to(u, dtype) for u in users_of(user))
+    return False
+
+
+# --------------------------------------------------------------------------------------------- masks
+
+
+def _terms(
+    algebra: Algebra, raw: tuple[Added | Hidden, ...], roles: _Roles, axes: Axes, spelled: Empty, scale: sympy.Expr
+) -> tuple[tuple[Term, ...], Mask, Empty]:
+    """The terms as operands, the mask that they prove together, and what an empty row means."""
+    space = algebra.space
+    terms: list[Term] = []
+    conditions = []
+    for raw_term in raw:
+        condition = hides_rows(algebra, raw_term)
+        window = None
+        if condition is not None:
+            conditions.append(condition)
+            proved = prove(space, condition, axes)
+            window = proved if proved.is_window else None
+            if window == FULL:
+                continue
+        operand = _side_operand(space, raw_term, roles)
+        kind = TermKind.BIAS if isinstance(raw_term, Added) else TermKind.DROP if raw_term.hides else TermKind.KEEP
+        coefficient = raw_term.coefficient if isinstance(raw_term, Added) else sympy.Integer(1)
+        if not coefficient.is_number:
+            raise Rejected(Reason.TENSOR_SCALE, f"what is added to the scores is scaled by {coefficient}")
+        finite = isinstance(raw_term, Added) and _is_finite(algebra, raw_term)
+        terms.append(Term(kind, operand, window, float(coefficient), may_hide_all=not finite))
+    mask = prove(space, sympy.And(*conditions), axes)
+    if mask.nothing_visible:
+        raise Rejected(Reason.EMPTY_ROWS, "every key of every query is masked")
+    return tuple(terms), mask, _empty(raw, terms, mask, axes, spelled)
+
+
+def _empty(raw: tuple[Added | Hidden, ...], terms: list[Term], mask: Mask, axes: Axes, spelled: Empty) -> Empty:
+    """What happens to a query that sees no key, decided from the user's spelling."""
+    only_windows = all(t.window is not None for t in terms)
+    if only_windows and no_row_is_empty(mask, axes):
+        return Empty.IMPOSSIBLE
+    if spelled is Empty.ZERO:
+        return Empty.ZERO
+    fills = {t.fill for t in raw if isinstance(t, Hidden)}
+    added = [t for t in terms if t.kind is TermKind.BIAS]
+    if not fills:
+        if len(added) == 1 and not added[0].may_hide_all and only_windows is False:
+            return Empty.IMPOSSIBLE  # finite numbers are added, which the attention does exactly as written
+        if only_windows and added and not any(t.may_hide_all for t in added):
+            # The window would drop what the finite numbers make of an empty row.
+            raise Rejected(Reason.EMPTY_ROWS, "a finite mask hides every key of some query")
+        return Empty.NAN
+    if fills == {-sympy.oo}:
+        return Empty.NAN
+    if len(fills) > 1 or not all(isinstance(t, Hidden) for t in raw[[isinstance(t, Hidden) for t in raw].index(True) :]):
+        raise Rejected(Reason.EMPTY_ROWS, "masks of several kinds can hide every key of a query together")
+    if any(t.may_hide_all for t in added):
+        raise Rejected(Reason.EMPTY_ROWS, "an added mask and a finite fill can hide every key of a query together")
+    return Empty.MEAN
+
+
+def _is_finite(algebra: Algebra, term: Added) -> bool:
+    return all(
+        isinstance(v, sympy.Expr) and v.is_number and bool((v * term.coefficient).is_finite)
+        for v in leaves(to_number(algebra.value(term.node, term.index)))
+    )
+
+
+def _side_operand(space: Space, term: Added | Hidden, roles: _Roles) -> Operand:
+    """A mask or bias as a tensor that broadcasts to [B, H, Sq, Sk]."""
+    node, index = term.node, term.index
+    found = None
+    step: tuple[Node, Index] | None = (node, index)
+    while step is not None:
+        operand = roles.group(step[1], roles.q, roles.k)
+        if operand is not None and len(operand.groups[1]) in (0, len([1 for _, s in roles.heads if s != 1])):
+            if not any(isinstance(e, sympy.floor) for e in step[1]):
+                found = dataclasses.replace(operand, node=step[0])
+        step = layout_step(space, *step)
+    if found is None:
+        raise Rejected(Reason.LAYOUT, f"the axes of '{node.name}', applied to the scores, are not those of an attention")
+    return found
+
+
+# --------------------------------------------------------------------------------------------- SDPA
+
+
+def _read_sdpa(algebra: Algebra, node: Node) -> tuple[AttentionSpec, tuple[Node, ...]]:
+    """A call of ``F.scaled_dot_product_attention``, every argument included."""
+    space = algebra.space
+    q, k, v = node.args[:3]
+    attn_mask, dropout_p = argument(node, 3, "attn_mask"), argument(node, 4, "dropout_p", 0.0)
+    is_causal, scale = argument(node, 5, "is_causal", False), argument(node, 6, "scale")
+    enable_gqa = argument(node, 7, "enable_gqa", False)
+    if any(rank(x) < 2 or not 2 <= rank(x) <= 5 for x in (q, k, v)):
+        raise Rejected(Reason.LAYOUT, f"q, k and v have {rank(q)}, {rank(k)} and {rank(v)} dimensions")
+    shape = shape_exprs(tensor(node))
+    seqlen_q, head_dim = shape_exprs(tensor(q))[-2:]
+    seqlen_k, head_dim_v = shape_exprs(tensor(v))[-2:]
+    names = ["b", "h", "h2"][: len(shape) - 2]
+    sizes = dict(zip(names, shape, strict=False))
+    batch = tuple(space.symbol(n, sizes[n]) for n in names)
+    axes = Axes(space.symbol("q", seqlen_q), space.symbol("k", seqlen_k), seqlen_q, seqlen_k)
+    d, e = space.symbol("d", head_dim_v), space.symbol("e", head_dim)
+    roles = _Roles.of(space, names, sizes, axes, "d", e, head_dim, head_dim_v)
+
+    def at(x: Node, row: sympy.Expr, column: sympy.Expr) -> Index:
+        sized = shape_exprs(tensor(x))
+        index = list(batch)
+        if enable_gqa and len(index) >= 2 and sized[-3] != sizes[names[-1]]:
+            group = sympy.cancel(sizes[names[-1]] / sized[-3])
+            index[-1] = sympy.floor(index[-1] / group)
+        return broadcast_index((*index, row, column), sized)
+
+    peeled = [
+        _peel(algebra, x, at(x, row, column), scales)
+        for x, row, column, scales in ((q, axes.q, e, True), (k, axes.k, e, True), (v, axes.k, d, False))
+    ]
+    (q_operand, k_operand, v_operand), factor = _choose(roles, *peeled, tensor(node).dtype, node)
+    base = sympy.Pow(head_dim, sympy.Rational(-1, 2)) if scale is None else algebra.value(scale, ())
+    if not isinstance(base, sympy.Expr) or base.has(Opaque):
+        raise Rejected(Reason.TENSOR_SCALE, "scale is not a number")
+    raw: tuple[Added | Hidden, ...] = ()
+    if attn_mask is not None:
+        index = broadcast_index((*batch, axes.q, axes.k), shape_exprs(tensor(attn_mask)))
+        if tensor(attn_mask).dtype == torch.bool:
+            raw = (Hidden(attn_mask, index, False, -sympy.oo),)
+        else:
+            raw = (Added(attn_mask, index, sympy.Integer(1)),)
+    terms, mask, empty = _terms(algebra, raw, roles, axes, Empty.ZERO, base)
+    if is_causal:
+        mask = Mask(mask.window_left, ZERO, mask.rest)
+    form = "scaled_dot_product_attention"
+    text = describe(mask, axes, space)
+    spec = AttentionSpec(
+        anchor=node,
+        result=node,
+        result_axes=(*((n,) for n in names), ("q",), ("d",)),
+        batch=roles.batch,
+        heads=roles.heads,
+        q=q_operand,
+        k=k_operand,
+        v=v_operand,
+        axes=axes,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        kv_heads=roles.heads_of(k_operand),
+        scale=base * factor,
+        mask=mask,
+        mask_text=_with_bias(text, terms) if _has_bias(terms) else text,
+        terms=terms,
+        empty=Empty.IMPOSSIBLE if no_row_is_empty(mask, axes) and not _has_bias(terms) else empty,
+        dropout_p=dropout_p,
+        form=form,
+        is_sdpa=True,
+    )
+    return spec, (node,)

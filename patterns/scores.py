@@ -1,0 +1,280 @@
+"""The score chain: from the input of a softmax up to the product of query and key, interpreted operation by operation.
+
+Nothing here is a template. Each step moves the symbolic index upwards and notes what the operation did to the scores:
+a scale, something added, keys hidden. What is added or hides is only named (node and index); masks.py proves what it is.
+"""
+
+import dataclasses
+from typing import Any
+
+import sympy
+import torch
+from sympy.logic.boolalg import Boolean
+from torch.fx import Node
+
+from .algebra import FALSE, TRUE, Algebra, Choice, Opaque, Value, to_boolean, to_number
+from .indices import Index, broadcast_index, shape_exprs
+from .layouts import argument, layout_step, packet, tensor
+from .products import Product, as_product, is_product
+from .reasons import Reason
+
+aten = torch.ops.aten
+
+# A softmax over fp32 gives a key at or below this score a weight of exactly 0, unless the row's own largest score is
+# within 104 of it. Published masks start here (BERT's -10000).
+MASK_THRESHOLD = -1e4
+
+
+@dataclasses.dataclass(frozen=True)
+class Added:
+    """``coefficient * node[index]`` added to the scores."""
+
+    node: Node
+    index: Index
+    coefficient: sympy.Expr
+
+
+@dataclasses.dataclass(frozen=True)
+class Hidden:
+    """Scores replaced by ``fill`` where ``node[index]`` is ``hides`` (True: masked_fill; False: where)."""
+
+    node: Node
+    index: Index
+    hides: bool
+    fill: sympy.Expr
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """``scale * product`` with ``terms`` applied in order; ``nodes`` are the interior of the chain, softmax side first."""
+
+    product: Product
+    scale: sympy.Expr
+    terms: tuple[Added | Hidden, ...]
+    nodes: tuple[Node, ...]
+    words: tuple[str, ...]
+
+
+class NotScores(Exception):
+    """This tensor does not come from a product of query and key; ``reason`` is set where something stood in the way."""
+
+    def __init__(self, reason: Reason = Reason.NO_PRODUCT, detail: str = "") -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+def read_scores(algebra: Algebra, node: Any, index: Index) -> Scores:
+    """Interpret the chain that ends in ``node[index]``.
+
+    Raises:
+        NotScores: there is no product up this chain, or an operation on the way is not one that keeps it scores.
+    """
+    key = (node, index)
+    if key not in algebra.scores:
+        try:
+            algebra.scores[key] = _read(algebra, node, index)
+        except NotScores as failure:
+            algebra.scores[key] = failure
+    found = algebra.scores[key]
+    if isinstance(found, NotScores):
+        raise found
+    return found
+
+
+def _read(algebra: Algebra, node: Any, index: Index) -> Scores:
+    if not isinstance(node, Node) or node.op != "call_function":
+        raise NotScores
+    held = node.meta.get("val")
+    if not isinstance(held, torch.Tensor):
+        raise NotScores
+    if is_product(node):
+        return _from_product(algebra, node, index)
+    step = layout_step(algebra.space, node, index)
+    if step is not None:
+        return _extend(read_scores(algebra, *step), node)
+    kind = packet(node)
+    if kind in (aten._to_copy, aten.to, aten.type_as):
+        scores = read_scores(algebra, node.args[0], index)
+        if not held.dtype.is_floating_point:
+            raise NotScores(Reason.SCORE_OP, f"the scores are cast to {held.dtype}")
+        return _extend(scores, node, "" if held.dtype != torch.float32 else "fp32")
+    if kind in (aten.mul, aten.div, aten.neg):
+        return _scaled(algebra, node, index)
+    if kind in (aten.add, aten.sub, aten.rsub):
+        return _added(algebra, node, index)
+    if kind in (aten.masked_fill, aten.where) and len(node.args) >= 3:
+        return _hidden(algebra, node, index)
+    return _not_understood(algebra, node, index)
+
+
+def _extend(scores: Scores, node: Node, word: str = "", **changes: Any) -> Scores:
+    words = scores.words if not word or word in scores.words[-1:] else (*scores.words, word)
+    return dataclasses.replace(scores, nodes=(node, *scores.nodes), words=words, **changes)
+
+
+def _from_product(algebra: Algebra, node: Node, index: Index) -> Scores:
+    product = as_product(algebra.space, node, index, "d")
+    if product is None:
+        raise NotScores(Reason.NO_PRODUCT, f"'{node.name}' is not a product over one shared axis")
+    alpha = algebra.value(product.alpha, ())
+    if isinstance(alpha, Choice) or not alpha.is_number:
+        raise NotScores(Reason.TENSOR_SCALE, f"alpha of '{node.name}'")
+    terms: tuple[Added | Hidden, ...] = ()
+    if product.added is not None:
+        beta = algebra.value(product.beta, ())
+        terms = _split_sum(algebra, product.added, broadcast_index(index, shape_exprs(tensor(product.added))), beta)
+    return Scores(product, alpha, terms, (node,), (str(packet(node)).partition(".")[2],))
+
+
+def _operands(algebra: Algebra, node: Node, index: Index) -> list[tuple[Any, Index]]:
+    return [
+        (x, broadcast_index(index, shape_exprs(tensor(x))) if _is_tensor(x) else ())
+        for x in node.args[: 1 if packet(node) is aten.neg else 2]
+    ]
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, Node) and isinstance(x.meta.get("val"), torch.Tensor)
+
+
+def _either(algebra: Algebra, operands: list[tuple[Any, Index]]) -> tuple[int, Scores]:
+    """The operand that holds the scores. Where both could, the first: a sum of two products is one product plus a bias."""
+    failures = []
+    for position, (x, index) in enumerate(operands):
+        if not _is_tensor(x):
+            continue
+        try:
+            return position, read_scores(algebra, x, index)
+        except NotScores as failure:
+            failures.append(failure)
+    raise max(failures, key=lambda f: f.reason is not Reason.NO_PRODUCT, default=NotScores())
+
+
+def _scaled(algebra: Algebra, node: Node, index: Index) -> Scores:
+    operands = _operands(algebra, node, index)
+    position, scores = _either(algebra, operands)
+    if packet(node) is aten.neg:
+        factor: Value = sympy.Integer(-1)
+    else:
+        factor = to_number(algebra.value(*operands[1 - position]))
+        if packet(node) is aten.div:
+            if position == 1 or node.kwargs.get("rounding_mode") is not None:
+                raise NotScores(Reason.SCORE_OP, f"'{node.name}' divides by the scores")
+            if isinstance(factor, Choice) or factor.is_zero:
+                raise NotScores(Reason.SCORE_OP, f"the divisor of '{node.name}' is not a number other than zero")
+            factor = 1 / factor
+    if isinstance(factor, Choice) or algebra.space.indices_of(factor) or factor.has(Opaque):
+        raise NotScores(Reason.TENSOR_SCALE, f"'{node.name}' scales the scores by a tensor")
+    terms = tuple(
+        dataclasses.replace(t, coefficient=t.coefficient * factor)
+        if isinstance(t, Added)
+        else dataclasses.replace(t, fill=t.fill * factor)
+        for t in scores.terms
+    )
+    return _extend(scores, node, "scale", scale=scores.scale * factor, terms=terms)
+
+
+def _added(algebra: Algebra, node: Node, index: Index) -> Scores:
+    operands = _operands(algebra, node, index)
+    position, scores = _either(algebra, operands)
+    alpha = algebra.value(argument(node, 2, "alpha", 1), ())
+    # add: a + alpha b; sub: a - alpha b; rsub: b - alpha a
+    factors = {aten.add: [1, alpha], aten.sub: [1, -alpha], aten.rsub: [-alpha, 1]}[packet(node)]
+    if factors[position] != 1:
+        raise NotScores(Reason.SCORE_OP, f"'{node.name}' subtracts the scores")
+    other, other_index = operands[1 - position]
+    terms = _split_sum(algebra, other, other_index, factors[1 - position])
+    return _extend(scores, node, "+ mask", terms=scores.terms + terms)
+
+
+def _split_sum(algebra: Algebra, node: Any, index: Index, coefficient: sympy.Expr) -> tuple[Added, ...]:
+    """A sum that is added to the scores, as its summands: each is proved on its own."""
+    if not _is_tensor(node):
+        value = algebra.value(node, ())
+        if not isinstance(value, Choice) and value.is_finite:
+            return ()  # a softmax does not see a number added to every score
+        raise NotScores(Reason.SCORE_OP, "an infinite number is added to the scores")
+    inner, inner_index = node, index
+    while packet(inner) in (aten._to_copy, aten.to) or layout_step(algebra.space, inner, inner_index) is not None:
+        step = layout_step(algebra.space, inner, inner_index)
+        if step is None:
+            if tensor(inner).dtype.itemsize < tensor(inner.args[0]).dtype.itemsize:
+                break  # rounding of the sum is not the sum of the roundings
+            step = inner.args[0], inner_index
+        inner, inner_index = step
+    if packet(inner) is aten.add and argument(inner, 2, "alpha", 1) == 1 and all(_is_tensor(x) for x in inner.args[:2]):
+        parts = [(x, broadcast_index(inner_index, shape_exprs(tensor(x)))) for x in inner.args[:2]]
+        return tuple(t for x, i in parts for t in _split_sum(algebra, x, i, coefficient))
+    return (Added(node, index, coefficient),)
+
+
+def _hidden(algebra: Algebra, node: Node, index: Index) -> Scores:
+    arguments = [(x, broadcast_index(index, shape_exprs(tensor(x))) if _is_tensor(x) else ()) for x in node.args[:3]]
+    if packet(node) is aten.masked_fill:
+        kept, condition, fill = arguments
+        candidates = [(kept, fill, True)]
+    else:
+        condition, yes, no = arguments
+        candidates = [(yes, no, False), (no, yes, True)]
+    failure = NotScores()
+    for (x, x_index), (fill_node, fill_index), hides in candidates:
+        if not _is_tensor(x):
+            continue
+        try:
+            scores = read_scores(algebra, x, x_index)
+        except NotScores as error:
+            failure = max(failure, error, key=lambda f: f.reason is not Reason.NO_PRODUCT)
+            continue
+        fill = algebra.value(fill_node, fill_index)
+        if isinstance(fill, (Choice, Boolean)) or not (fill.is_number or fill in (sympy.oo, -sympy.oo)):
+            raise NotScores(Reason.FILL_VALUE, f"'{node.name}' writes something other than one number over hidden scores")
+        if not fill <= MASK_THRESHOLD:
+            raise NotScores(Reason.FILL_VALUE, f"'{node.name}' writes {float(fill):g}, a mask has at most {MASK_THRESHOLD:g}")
+        return _extend(scores, node, "masked", terms=(*scores.terms, Hidden(*condition, hides, fill)))
+    raise failure
+
+
+def _not_understood(algebra: Algebra, node: Node, index: Index) -> Scores:
+    """Say so if there are scores behind an unknown operation; say nothing if there are none."""
+    for x in node.all_input_nodes:
+        if _is_tensor(x) and tensor(x).shape == tensor(node).shape:
+            try:
+                read_scores(algebra, x, index)
+            except NotScores as failure:
+                if failure.reason is Reason.NO_PRODUCT:
+                    continue
+            raise NotScores(Reason.SCORE_OP, f"'{node.name}' ({node.target}) on the scores")
+    raise NotScores
+
+
+def hides_rows(algebra: Algebra, term: Added | Hidden) -> Boolean | None:
+    """The condition under which a key stays visible, if the term is nothing but a mask; else None."""
+    value = algebra.value(term.node, term.index)
+    if isinstance(term, Hidden):
+        condition = to_boolean(value)
+        if isinstance(condition, Choice):
+            return None
+        return sympy.Not(condition) if term.hides else condition
+    return _visible(to_number(value), term.coefficient)
+
+
+def _visible(value: Value, coefficient: sympy.Expr) -> Boolean | None:
+    """Where an added value is 0 (visible) rather than at most ``MASK_THRESHOLD`` (hidden)."""
+    if isinstance(value, Choice):
+        yes, no = _visible(value.yes, coefficient), _visible(value.no, coefficient)
+        if yes is None or no is None:
+            return None
+        return sympy.Or(sympy.And(value.condition, yes), sympy.And(sympy.Not(value.condition), no))
+    if value.is_zero:
+        return TRUE
+    scaled = coefficient * value
+    if scaled.is_extended_real and scaled.is_number and bool(scaled <= MASK_THRESHOLD):
+        return FALSE
+    return None
+
+
+def leaves(value: Value) -> list[sympy.Expr | Boolean]:
+    if isinstance(value, Choice):
+        return leaves(value.yes) + leaves(value.no)
+    return [value]

@@ -1,0 +1,99 @@
+"""AttentionSpec: the one description that the matcher writes and the planner reads.
+
+    out[b, h, q] = softmax_k(scale * q[b, h, q] . k[b, h // group, k] + bias[b, h, q, k] where visible) @ v[b, h // group]
+"""
+
+import dataclasses
+import enum
+
+import sympy
+from torch.fx import Node
+
+from .masks import Axes, Mask
+from .reasons import Reason
+
+
+class Rejected(Exception):
+    """A site that is not fused; carries the :class:`Reason` and a sentence about what was seen."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        super().__init__(f"{reason.name}: {detail or reason.sentence}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """A tensor of the captured graph, and how its axes become those of the canonical 4-D form.
+
+    ``groups[i]`` lists the axes of ``node`` that, flattened in this order, are canonical axis ``i``; an empty group is an
+    axis of size one. Axes of ``node`` in no group have size one or are read at position 0.
+    """
+
+    node: Node
+    groups: tuple[tuple[int, ...], ...]
+
+
+class Empty(enum.Enum):
+    """What the user's spelling gives a query whose every key is masked."""
+
+    IMPOSSIBLE = "proved not to happen"
+    ZERO = "zeros, as scaled_dot_product_attention gives"
+    NAN = "NaN, as a softmax over -inf gives"
+    MEAN = "the mean of v over all keys, as a softmax over one finite value gives"
+
+
+class TermKind(enum.Enum):
+    BIAS = "added to the scores"
+    KEEP = "True where a key is visible"
+    DROP = "True where a key is hidden"
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One tensor that shapes the scores. ``window`` is set where it is nothing but a proved window."""
+
+    kind: TermKind
+    operand: Operand
+    window: Mask | None = None
+    coefficient: float = 1.0
+    may_hide_all: bool = True  # whether it can be -inf (or hide) for a whole row, as far as is known
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """One attention. Shapes: q [B, Hq, Sq, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv]; the result is [B, Hq, Sq, Dv].
+
+    B and Hq are each the flattened product of some axes of the captured result: ``batch`` and ``heads`` name them, with
+    their sizes. ``result`` is the captured node whose value the attention is, and ``result_axes`` says of each of its
+    axes which named ones it runs over ("q" and "d" are the last two canonical axes).
+    """
+
+    anchor: Node
+    result: Node
+    result_axes: tuple[tuple[str, ...], ...]
+    batch: tuple[tuple[str, sympy.Expr], ...]
+    heads: tuple[tuple[str, sympy.Expr], ...]
+    q: Operand
+    k: Operand
+    v: Operand
+    axes: Axes
+    head_dim: sympy.Expr
+    head_dim_v: sympy.Expr
+    kv_heads: sympy.Expr
+    scale: float | sympy.Expr
+    mask: Mask
+    mask_text: str
+    terms: tuple[Term, ...]
+    empty: Empty
+    dropout_p: float
+    form: str
+    is_sdpa: bool = False
+
+    @property
+    def batch_size(self) -> sympy.Expr:
+        return sympy.prod([size for _, size in self.batch])
+
+    @property
+    def q_heads(self) -> sympy.Expr:
+        return sympy.prod([size for _, size in self.heads])
