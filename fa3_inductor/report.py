@@ -65,7 +65,7 @@ class Site:
 
     @property
     def verdict(self) -> str:
-        """The kernel that runs a fused site, or why a rejected one was left alone: one line of text."""
+        """What a fused site runs on, or why a rejected one was left alone: one line of text."""
         if self.status == "fused":
             return "/".join(part for part in (self.target, self.kernel) if part) or "fused"
         why = "rejected" if self.reason is None else f"{self.reason.name}: {self.reason.sentence}"
@@ -144,17 +144,13 @@ class Report:
         if self.sites:
             header = ("#", "source", "form", "q, k, v", "dtype", "mask", "runs on / why not", "FLOPs", "scores")
             rows = [header, *(_row(number, site) for number, site in enumerate(self.sites, 1))]
-            # The verdict may be a whole sentence, so it takes a line of its own under a rejected site.
             widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-            for number, row in enumerate(rows):
-                lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-                if number == 0:
-                    lines.append("  ".join("-" * width for width in widths))
-                elif self.sites[number - 1].status == "rejected":
-                    site = self.sites[number - 1]
-                    lines.append(" " * (widths[0] + 2) + site.verdict)
-                    if site.code:
-                        lines.append(" " * (widths[0] + 2) + "> " + site.code)
+            indent = " " * (widths[0] + 2)
+            lines.append("  ".join(map(str.ljust, header, widths)).rstrip())
+            lines.append("  ".join("-" * width for width in widths))
+            for row, site in zip(rows[1:], self.sites, strict=True):
+                lines.append("  ".join(map(str.ljust, row, widths)).rstrip())
+                lines += [indent + note for note in _notes(site)]
         for graph in self.graphs:
             if graph.error is not None:
                 lines.append(f"graph {graph.name} was left unchanged: {graph.error}")
@@ -198,6 +194,13 @@ def _row(number: int, site: Site) -> tuple[str, ...]:
         "?" if site.flops is None else _si(site.flops, ""),
         "?" if site.score_bytes is None else _si(site.score_bytes, "B"),
     )
+
+
+def _notes(site: Site) -> list[str]:
+    """What a table cell is too narrow for, a line each."""
+    if site.status == "fused":
+        return [site.detail] if site.detail else []
+    return [site.verdict, f"> {site.code}"] if site.code else [site.verdict]
 
 
 _lock = threading.Lock()
