@@ -160,14 +160,18 @@ def _shielded(patches: dict[str, Any]) -> dict[str, Any]:
     return {**patches, name: StockFusionShield(tuple(users))}
 
 
+def _sources() -> list[Path]:
+    """The package's Python files."""
+    roots = [Path(__file__).parent]
+    for package in ("fa3_inductor.kernels", "fa3_inductor.patterns"):
+        roots += map(Path, importlib.util.find_spec(package).submodule_search_locations)
+    return sorted({path for root in roots for path in root.rglob("*.py")})
+
+
 @functools.cache
 def _source_hash() -> str:
-    """A hash over the package's Python files: the autograd formula and the fakes of our ops are traced into what is
-    cached."""
-    roots = [str(Path(__file__).parent)]
-    for package in ("fa3_inductor.kernels", "fa3_inductor.patterns"):
-        roots += importlib.util.find_spec(package).submodule_search_locations
+    """A hash over our sources: the autograd formula and the fakes of our ops are traced into what is cached."""
     digest = hashlib.sha256()
-    for path in sorted({path for root in roots for path in Path(root).rglob("*.py")}):
+    for path in _sources():
         digest.update(path.read_bytes())
     return digest.hexdigest()
