@@ -16,6 +16,7 @@ from torch.fx import Node
 from . import ops  # noqa: F401  (registers fa3::attention)
 from .capture import Capture, may_write
 from .patterns.layouts import packet
+from .patterns.find import SWALLOWS
 from .patterns.masks import Mask
 from .patterns.reasons import Reason
 from .patterns.spec import AttentionSpec, Empty, Operand, Rejected, TermKind
@@ -125,6 +126,8 @@ class _Emitter:
         self.values = values
         self.mode = mode
         self.added: list[Node] = []
+        inputs = (n.meta.get("example_value") for n in captured.inputs.values())
+        self.trains = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         graph = self.place.graph
@@ -236,8 +239,14 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
     k, v = (_expand_batch(emit, x, q) for x in (k, v))
     q = _expand_batch(emit, q, k)
     scale = _scale(emit, spec, q)
+    by_window = all(t.window is not None for t in spec.terms)
     if plan.target == "sdpa":
-        mask = None if all(t.window is not None for t in spec.terms) and _is_plain(spec.mask) else _mask(emit, spec, q)
+        by_window = by_window and _is_plain(spec.mask)
+        bias, mask, row_seen = (None, None, None) if by_window else _scores_operands(emit, spec, plan)
+        if bias is not None and mask is not None:
+            mask = emit.call(torch.where, mask, bias, -math.inf)
+        elif bias is not None:
+            mask = bias
         gqa = {"enable_gqa": True} if spec.kv_heads != spec.q_heads else {}
         out = emit.call(
             torch.nn.functional.scaled_dot_product_attention,
@@ -250,18 +259,18 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
             scale=scale,
             **gqa,
         )
-        row_seen = None if mask is None or plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO) else _row_seen(emit, mask)
     else:
-        by_window = all(t.window is not None for t in spec.terms) and spec.mask.window_left is None
+        by_window = by_window and spec.mask.window_left is None
+        bias, mask, row_seen = (None, None, None) if by_window else _scores_operands(emit, spec, plan)
         right = _window_right(emit, spec, q, k) if by_window and spec.mask.window_right is not None else None
-        bias, mask = (None, None) if by_window else _bias_and_mask(emit, spec)
         pair = emit.call(torch.ops.fa3.attention.default, q, k, v, bias, mask, scale, None, right, plan.target)
         out = emit.call(operator.getitem, pair, 0)
-        row_seen = None
-        if plan.empty not in (Empty.IMPOSSIBLE, Empty.ZERO):
+        if by_window and plan.empty not in (Empty.IMPOSSIBLE, Empty.ZERO):
             lse = emit.call("unsqueeze", emit.call(operator.getitem, pair, 1), -1)
             row_seen = emit.call(operator.gt, lse, -math.inf)
-    return out if row_seen is None else _with_empty_rows(emit, spec, plan, out, v, row_seen)
+    if row_seen is None or plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO):
+        return out
+    return _with_empty_rows(emit, spec, plan, out, (q, k, v), row_seen, scale)
 
 
 def _expand_batch(emit: _Emitter, x: Node, like: Node) -> Node:
@@ -290,52 +299,79 @@ def _window_right(emit: _Emitter, spec: AttentionSpec, q: Node, k: Node) -> Any:
     return emit.call(operator.add, difference, number) if number else difference
 
 
-def _bias_and_mask(emit: _Emitter, spec: AttentionSpec) -> tuple[Node | None, Node | None]:
-    """Everything that shapes the scores as one sum and one condition (True: visible)."""
+def _scores_operands(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node | None, Node | None, Node | None]:
+    """(bias, mask, row_seen): everything that shapes the scores as one sum and one condition (True: visible), and whether
+    a query sees any key."""
     bias = mask = None
+    as_written = plan.empty is Empty.AS_WRITTEN
     for term in spec.terms:
         x = emit.operand(term.operand)
-        if term.kind is TermKind.BIAS:
+        if term.kind is TermKind.BIAS or (term.kind is TermKind.MASK and as_written):
             x = x if term.coefficient == 1 else emit.call(operator.mul, x, term.coefficient)
             bias = x if bias is None else emit.call(operator.add, bias, x)
             continue
-        if fake_value(x).dtype != torch.bool:
+        if term.kind is TermKind.MASK:
+            x = emit.call(operator.eq, x, 0)
+        elif fake_value(x).dtype != torch.bool:
             x = emit.call("bool", x)
         if term.kind is TermKind.DROP:
             x = emit.call(torch.logical_not, x)
-        mask = x if mask is None else emit.call(torch.logical_and, mask, x)
-    return bias, mask
-
-
-def _mask(emit: _Emitter, spec: AttentionSpec, q: Node) -> Node:
-    bias, mask = _bias_and_mask(emit, spec)
-    if bias is None and mask is None:
-        raise Rejected(Reason.LAYOUT, f"no tensor of the graph is the mask {spec.mask_text}")
+        if as_written:
+            bias = emit.call(torch.where, x, 0.0 if bias is None else bias, term.fill)
+        else:
+            mask = x if mask is None else emit.call(torch.logical_and, mask, x)
     if bias is None:
-        return mask
-    dtype = fake_value(q).dtype
+        needs_rows = plan.empty not in (Empty.IMPOSSIBLE, Empty.ZERO)
+        return None, mask, emit.call("any", mask, -1, keepdim=True) if needs_rows else None
+    dtype = fake_value(emit.values[spec.q.node]).dtype
     if fake_value(bias).dtype not in (dtype, torch.float32):
         bias = emit.call("to", bias, dtype)
-    return bias if mask is None else emit.call(torch.where, mask, bias, -math.inf)
+    if plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO):
+        return bias, mask, None
+    masked = bias if mask is None else emit.call(torch.where, mask, bias, -math.inf)
+    top = emit.call("amax", emit.call("detach", masked), -1, keepdim=True)
+    # A row far below zero (a finite mask over all its keys) loses the scores in the rounding of its log-sum-exp, on which
+    # the backward relies. Softmax ignores an offset, so the row is lifted; one that swallows its scores is left so.
+    is_low = emit.call(torch.logical_and, emit.call(operator.lt, top, _LOW), emit.call(operator.gt, top, SWALLOWS))
+    bias = emit.call(operator.sub, bias, emit.call(torch.where, is_low, top, 0.0))
+    return bias, mask, emit.call(operator.gt, top, -math.inf)
 
 
-def _row_seen(emit: _Emitter, mask: Node) -> Node:
-    if fake_value(mask).dtype != torch.bool:
-        mask = emit.call(operator.gt, mask, -math.inf)
-    return emit.call("any", mask, -1, keepdim=True)
+_LOW = -1e3
 
 
-def _with_empty_rows(emit: _Emitter, spec: AttentionSpec, plan: Plan, out: Node, v: Node, row_seen: Node) -> Node:
-    """Give queries that see no key what the user's spelling gives them."""
-    if plan.empty is Empty.MEAN:
-        mean = emit.call("to", emit.call("mean", emit.call("float", v), -2, keepdim=True), fake_value(out).dtype)
-        if spec.kv_heads != spec.q_heads:
-            heads, kv_heads = fake_value(out).shape[1], fake_value(v).shape[1]
-            mean = emit.call("repeat_interleave", mean, heads // kv_heads, 1)
-        return emit.call(torch.where, row_seen, out, mean)
-    # Multiplied, not written over: eager's gradient is NaN there too.
-    one = emit.call(torch.ones_like, row_seen, dtype=fake_value(out).dtype)
-    return emit.call(operator.mul, out, emit.call(torch.where, row_seen, one, math.nan))
+def _with_empty_rows(
+    emit: _Emitter, spec: AttentionSpec, plan: Plan, out: Node, qkv: tuple[Node, Node, Node], row_seen: Node, scale: Any
+) -> Node:
+    """Give queries that see no key what the user's spelling gives them, gradients included."""
+    dtype = fake_value(out).dtype
+    if plan.empty in (Empty.NAN_SCORES, Empty.AS_WRITTEN):
+        one = emit.call(torch.ones_like, row_seen, dtype=dtype)
+        return emit.call(operator.mul, out, emit.call(torch.where, row_seen, one, math.nan))
+    q, k, v = qkv
+    if spec.kv_heads != spec.q_heads:
+        group = fake_value(q).shape[1] // fake_value(k).shape[1]
+        k, v = (emit.call("repeat_interleave", x, group, 1) for x in (k, v))
+    mean = emit.call("mean", emit.call("float", v), -2, keepdim=True)
+    if plan.empty is Empty.NAN:
+        # Row by row, so that the gradient of v stays clear of NaN where no row is empty.
+        mean = emit.call(operator.mul, mean, emit.call(torch.where, row_seen, 0.0, math.nan))
+    elif plan.empty is Empty.MEAN_SCORES and emit.trains:
+        mean = emit.call(operator.add, mean, _uniform_gradient(emit, q, k, v, mean, scale))
+    return emit.call(torch.where, row_seen, out, emit.call("to", mean, dtype))
+
+
+def _uniform_gradient(emit: _Emitter, q: Node, k: Node, v: Node, mean: Node, scale: Any) -> Node:
+    """Zero, with the gradient in q and k that a softmax over equal weights has (exact, and linear in the sequence).
+
+    d out_i / d s_ij = (v_j - mean v) / Sk there, so out_i moves as scale * q_i . k_j does, summed over j.
+    """
+    centred = emit.call(operator.sub, emit.call("float", emit.call("detach", v)), emit.call("detach", mean))
+    seqlen_k = emit.size(k, 2)
+    outer = emit.call(torch.matmul, emit.call("transpose", emit.call("float", k), -2, -1), centred)
+    linear = emit.call(operator.truediv, emit.call(torch.matmul, emit.call("float", q), outer), seqlen_k)
+    linear = emit.call(operator.mul, linear, scale)
+    return emit.call(operator.sub, linear, emit.call("detach", linear))
 
 
 # --------------------------------------------------------------------------------------------- the result

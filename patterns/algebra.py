@@ -42,13 +42,18 @@ class Opaque(sympy.Function):
     """A number read from a tensor that is not understood; its name is the node's."""
 
 
+def is_condition(value: Value) -> bool:
+    """Whether a value is true or false. sympy's symbols count as Boolean too; here every symbol is a number."""
+    return isinstance(value, Boolean) and not isinstance(value, sympy.Symbol)
+
+
 def choose(condition: Boolean, yes: Value, no: Value) -> Value:
     """A choice in its simplest form: decided, trivial, or Boolean if both sides are."""
     if condition == TRUE or yes == no:
         return yes
     if condition == FALSE:
         return no
-    if isinstance(yes, Boolean) and isinstance(no, Boolean):
+    if is_condition(yes) and is_condition(no):
         if no == FALSE:
             return sympy.And(condition, yes)
         if yes == TRUE:
@@ -70,11 +75,11 @@ def lift(function: Callable[..., Value], *values: Value) -> Value:
 
 
 def to_boolean(value: Value) -> Value:
-    return lift(lambda v: v if isinstance(v, Boolean) else _relation(sympy.Ne, v, ZERO), value)
+    return lift(lambda v: v if is_condition(v) else _relation(sympy.Ne, v, ZERO), value)
 
 
 def to_number(value: Value) -> Value:
-    return lift(lambda v: choose(v, ONE, ZERO) if isinstance(v, Boolean) else v, value)
+    return lift(lambda v: choose(v, ONE, ZERO) if is_condition(v) else v, value)
 
 
 def _relation(kind: type, a: sympy.Expr, b: sympy.Expr) -> Boolean:
@@ -172,7 +177,7 @@ class Algebra:
 
         def leaf(v: Value) -> Value:
             nonlocal exact
-            if isinstance(v, Boolean):
+            if is_condition(v):
                 return lift(leaf, to_number(v))
             if v.is_number:
                 return _round(v, dtype)

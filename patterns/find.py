@@ -14,7 +14,7 @@ from .layouts import argument, layout_step, packet, rank, tensor
 from .masks import FULL, Axes, Mask, describe, no_row_is_empty, prove
 from .products import as_product, is_product
 from .reasons import Reason
-from .scores import Added, Hidden, NotScores, Scores, hides_rows, leaves, read_scores
+from .scores import Added, Hidden, NotScores, Scores, leaves, read_scores, visible_where
 from .spec import AttentionSpec, Empty, Operand, Rejected, Term, TermKind
 
 aten = torch.ops.aten
@@ -278,9 +278,9 @@ class _Reading:
         scale = scale * factor
         if not (scale.is_number and scale.is_finite) and not scale.free_symbols:
             raise Rejected(Reason.TENSOR_SCALE, f"the scale is {scale}")
-        terms, mask, empty = _terms(self.algebra, view.scores.terms, roles, axes, Empty.NAN, scale)
-        if empty is not Empty.IMPOSSIBLE and empty is Empty.MEAN and self.weights.dropout_p:
-            raise Rejected(Reason.EMPTY_ROWS, "the mean over hidden keys would have to be dropped out as well")
+        terms, mask, empty = _terms(self.algebra, view.scores.terms, roles, axes)
+        if empty in (Empty.MEAN, Empty.MEAN_SCORES) and self.weights.dropout_p:
+            empty = Empty.AS_WRITTEN  # the mean would have to be dropped out as well
         words = [*view.scores.words, "softmax", *self.weights.words, str(packet(product)).partition(".")[2]]
         spec = AttentionSpec(
             anchor=self.softmax,
@@ -496,7 +496,7 @@ class _Roles:
 
     def heads_of(self, operand: Operand) -> sympy.Expr:
         shape = shape_exprs(tensor(operand.node))
-        return sympy.prod([shape[i] for i in operand.groups[1]])
+        return sympy.Mul(*[shape[i] for i in operand.groups[1]])
 
 
 def _choose(
@@ -553,15 +553,20 @@ def _narrowed_to(user: Node, dtype: torch.dtype) -> bool:
 # --------------------------------------------------------------------------------------------- masks
 
 
+# A finite value this low swallows any score added to it, in float64 too; a higher one is an offset that softmax ignores.
+SWALLOWS = -(2.0**60)
+
+
 def _terms(
-    algebra: Algebra, raw: tuple[Added | Hidden, ...], roles: _Roles, axes: Axes, spelled: Empty, scale: sympy.Expr
+    algebra: Algebra, raw: tuple[Added | Hidden, ...], roles: _Roles, axes: Axes
 ) -> tuple[tuple[Term, ...], Mask, Empty]:
-    """The terms as operands, the mask that they prove together, and what an empty row means."""
+    """The terms as operands, the mask that they prove together, and what an empty row gives."""
     space = algebra.space
     terms: list[Term] = []
+    kinds: list[Empty] = []
     conditions = []
     for raw_term in raw:
-        condition = hides_rows(algebra, raw_term)
+        condition = visible_where(algebra, raw_term)
         window = None
         if condition is not None:
             conditions.append(condition)
@@ -570,48 +575,40 @@ def _terms(
             if window == FULL:
                 continue
         operand = _side_operand(space, raw_term, roles)
-        kind = TermKind.BIAS if isinstance(raw_term, Added) else TermKind.DROP if raw_term.hides else TermKind.KEEP
-        coefficient = raw_term.coefficient if isinstance(raw_term, Added) else sympy.Integer(1)
-        if not coefficient.is_number:
-            raise Rejected(Reason.TENSOR_SCALE, f"what is added to the scores is scaled by {coefficient}")
-        finite = isinstance(raw_term, Added) and _is_finite(algebra, raw_term)
-        terms.append(Term(kind, operand, window, float(coefficient), may_hide_all=not finite))
+        if isinstance(raw_term, Hidden):
+            kind = TermKind.DROP if raw_term.hides else TermKind.KEEP
+            terms.append(Term(kind, operand, window, fill=float(raw_term.fill)))
+            kinds.append(Empty.MEAN if raw_term.fill.is_finite else Empty.NAN)
+            continue
+        if not raw_term.coefficient.is_number:
+            raise Rejected(Reason.TENSOR_SCALE, f"what is added to the scores is scaled by {raw_term.coefficient}")
+        empty = _added_empty(algebra, raw_term) if condition is not None else Empty.NAN_SCORES
+        kind = TermKind.MASK if condition is not None and empty is not None else TermKind.BIAS
+        terms.append(Term(kind, operand, window, float(raw_term.coefficient)))
+        kinds.append(empty or Empty.NAN_SCORES)
     mask = prove(space, sympy.And(*conditions), axes)
     if mask.nothing_visible:
         raise Rejected(Reason.EMPTY_ROWS, "every key of every query is masked")
-    return tuple(terms), mask, _empty(raw, terms, mask, axes, spelled)
+    if all(t.window is not None for t in terms) and no_row_is_empty(mask, axes):
+        return tuple(terms), mask, Empty.IMPOSSIBLE
+    several = set(kinds)
+    if len(several) == 1 and (len(kinds) == 1 or kinds[0] not in (Empty.MEAN, Empty.MEAN_SCORES)):
+        empty = kinds[0]
+    elif len(several) == 1 and len({t.fill for t in terms}) == 1 and kinds[0] is Empty.MEAN:
+        empty = Empty.MEAN
+    else:
+        empty = Empty.NAN_SCORES if several <= {Empty.NAN, Empty.NAN_SCORES} else Empty.AS_WRITTEN
+    return tuple(terms), mask, empty
 
 
-def _empty(raw: tuple[Added | Hidden, ...], terms: list[Term], mask: Mask, axes: Axes, spelled: Empty) -> Empty:
-    """What happens to a query that sees no key, decided from the user's spelling."""
-    only_windows = all(t.window is not None for t in terms)
-    if only_windows and no_row_is_empty(mask, axes):
-        return Empty.IMPOSSIBLE
-    if spelled is Empty.ZERO:
-        return Empty.ZERO
-    fills = {t.fill for t in raw if isinstance(t, Hidden)}
-    added = [t for t in terms if t.kind is TermKind.BIAS]
-    if not fills:
-        if len(added) == 1 and not added[0].may_hide_all and only_windows is False:
-            return Empty.IMPOSSIBLE  # finite numbers are added, which the attention does exactly as written
-        if only_windows and added and not any(t.may_hide_all for t in added):
-            # The window would drop what the finite numbers make of an empty row.
-            raise Rejected(Reason.EMPTY_ROWS, "a finite mask hides every key of some query")
-        return Empty.NAN
-    if fills == {-sympy.oo}:
-        return Empty.NAN
-    if len(fills) > 1 or not all(isinstance(t, Hidden) for t in raw[[isinstance(t, Hidden) for t in raw].index(True) :]):
-        raise Rejected(Reason.EMPTY_ROWS, "masks of several kinds can hide every key of a query together")
-    if any(t.may_hide_all for t in added):
-        raise Rejected(Reason.EMPTY_ROWS, "an added mask and a finite fill can hide every key of a query together")
-    return Empty.MEAN
-
-
-def _is_finite(algebra: Algebra, term: Added) -> bool:
-    return all(
-        isinstance(v, sympy.Expr) and v.is_number and bool((v * term.coefficient).is_finite)
-        for v in leaves(to_number(algebra.value(term.node, term.index)))
-    )
+def _added_empty(algebra: Algebra, term: Added) -> Empty | None:
+    """What an added mask makes of an empty row; None for an offset small enough that softmax sees the scores behind it."""
+    values = [v * term.coefficient for v in leaves(to_number(algebra.value(term.node, term.index))) if not v.is_zero]
+    if all(v == -sympy.oo for v in values):
+        return Empty.NAN_SCORES
+    if len(set(values)) == 1 and values[0].is_finite and float(values[0]) <= SWALLOWS:
+        return Empty.MEAN_SCORES
+    return None
 
 
 def _side_operand(space: Space, term: Added | Hidden, roles: _Roles) -> Operand:
@@ -675,9 +672,13 @@ def _read_sdpa(algebra: Algebra, node: Node) -> tuple[AttentionSpec, tuple[Node,
             raw = (Hidden(attn_mask, index, False, -sympy.oo),)
         else:
             raw = (Added(attn_mask, index, sympy.Integer(1)),)
-    terms, mask, empty = _terms(algebra, raw, roles, axes, Empty.ZERO, base)
+    terms, mask, empty = _terms(algebra, raw, roles, axes)
     if is_causal:
         mask = Mask(mask.window_left, ZERO, mask.rest)
+    # SDPA defines an empty row of a bool or -inf mask as zeros; a finite one is added as it stands.
+    empty = Empty.IMPOSSIBLE if empty is Empty.IMPOSSIBLE and no_row_is_empty(mask, axes) else Empty.ZERO
+    if any(t.kind is TermKind.MASK for t in terms) and empty is not Empty.IMPOSSIBLE:
+        terms = tuple(dataclasses.replace(t, kind=TermKind.BIAS) for t in terms)
     form = "scaled_dot_product_attention"
     text = describe(mask, axes, space)
     spec = AttentionSpec(
@@ -697,7 +698,7 @@ def _read_sdpa(algebra: Algebra, node: Node) -> tuple[AttentionSpec, tuple[Node,
         mask=mask,
         mask_text=_with_bias(text, terms) if _has_bias(terms) else text,
         terms=terms,
-        empty=Empty.IMPOSSIBLE if no_row_is_empty(mask, axes) and not _has_bias(terms) else empty,
+        empty=empty,
         dropout_p=dropout_p,
         form=form,
         is_sdpa=True,

@@ -45,7 +45,7 @@ def prove(space: Space, condition: Boolean, axes: Axes) -> Mask:
     left: list[sympy.Expr] = []
     right: list[sympy.Expr] = []
     rest: list[Boolean] = []
-    for part in sympy.And.make_args(condition):
+    for part in sympy.And.make_args(sympy.to_nnf(condition, simplify=False)):
         decided = decide(space, part)
         if decided == TRUE:
             continue

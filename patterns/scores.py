@@ -12,7 +12,7 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
-from .algebra import FALSE, TRUE, Algebra, Choice, Opaque, Value, to_boolean, to_number
+from .algebra import FALSE, TRUE, Algebra, Choice, Opaque, Value, is_condition, to_boolean, to_number
 from .indices import Index, broadcast_index, shape_exprs
 from .layouts import argument, layout_step, packet, tensor
 from .products import Product, as_product, is_product
@@ -227,7 +227,7 @@ def _hidden(algebra: Algebra, node: Node, index: Index) -> Scores:
             failure = max(failure, error, key=lambda f: f.reason is not Reason.NO_PRODUCT)
             continue
         fill = algebra.value(fill_node, fill_index)
-        if isinstance(fill, (Choice, Boolean)) or not (fill.is_number or fill in (sympy.oo, -sympy.oo)):
+        if isinstance(fill, Choice) or is_condition(fill) or not (fill.is_number or fill in (sympy.oo, -sympy.oo)):
             raise NotScores(Reason.FILL_VALUE, f"'{node.name}' writes something other than one number over hidden scores")
         if not fill <= MASK_THRESHOLD:
             raise NotScores(Reason.FILL_VALUE, f"'{node.name}' writes {float(fill):g}, a mask has at most {MASK_THRESHOLD:g}")
@@ -248,7 +248,7 @@ def _not_understood(algebra: Algebra, node: Node, index: Index) -> Scores:
     raise NotScores
 
 
-def hides_rows(algebra: Algebra, term: Added | Hidden) -> Boolean | None:
+def visible_where(algebra: Algebra, term: Added | Hidden) -> Boolean | None:
     """The condition under which a key stays visible, if the term is nothing but a mask; else None."""
     value = algebra.value(term.node, term.index)
     if isinstance(term, Hidden):

@@ -5,6 +5,7 @@
 
 import dataclasses
 import enum
+import math
 
 import sympy
 from torch.fx import Node
@@ -35,29 +36,36 @@ class Operand:
 
 
 class Empty(enum.Enum):
-    """What the user's spelling gives a query whose every key is masked."""
+    """What the user's spelling gives a query whose every key is masked, and what its gradient is."""
 
     IMPOSSIBLE = "proved not to happen"
     ZERO = "zeros, as scaled_dot_product_attention gives"
-    NAN = "NaN, as a softmax over -inf gives"
-    MEAN = "the mean of v over all keys, as a softmax over one finite value gives"
+    NAN = "NaN, as scores overwritten by -inf give; only v's gradient is NaN"
+    NAN_SCORES = "NaN, as -inf added to the scores gives; every gradient is NaN"
+    MEAN = "the mean of v over all keys, as scores overwritten by one finite value give"
+    MEAN_SCORES = "the mean of v over all keys, as a huge finite value added to the scores gives; q and k still have a gradient"
+    AS_WRITTEN = "masks of several kinds: their sum is added to the scores just as the user's code does"
 
 
 class TermKind(enum.Enum):
     BIAS = "added to the scores"
+    MASK = "added to the scores, 0 where a key is visible and hugely negative where it is hidden"
     KEEP = "True where a key is visible"
     DROP = "True where a key is hidden"
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One tensor that shapes the scores. ``window`` is set where it is nothing but a proved window."""
+    """One tensor that shapes the scores, in the order in which the user's code applies them.
+
+    ``window`` is set where the term is nothing but a proved window, ``fill`` is what KEEP and DROP write over hidden scores.
+    """
 
     kind: TermKind
     operand: Operand
     window: Mask | None = None
     coefficient: float = 1.0
-    may_hide_all: bool = True  # whether it can be -inf (or hide) for a whole row, as far as is known
+    fill: float = -math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +100,8 @@ class AttentionSpec:
 
     @property
     def batch_size(self) -> sympy.Expr:
-        return sympy.prod([size for _, size in self.batch])
+        return sympy.Mul(*[size for _, size in self.batch])
 
     @property
     def q_heads(self) -> sympy.Expr:
-        return sympy.prod([size for _, size in self.heads])
+        return sympy.Mul(*[size for _, size in self.heads])
