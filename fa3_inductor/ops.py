@@ -39,9 +39,7 @@ def _attention(q, k, v, bias, mask, scale, window_left, window_right, target):
         if bias is not None or mask is not None or window_left is not None:
             raise ValueError("fa3::attention: the Hopper kernel takes no bias, mask or window_left")
         return attention_forward(q, k, v, scale=scale, window_right=window_right)
-    out, lse = attention_reference(
-        q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right
-    )
+    out, lse = attention_reference(q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right)
     return output_like(q, v.shape[-1]).copy_(out), lse
 
 

@@ -67,8 +67,10 @@ def inputs(case):
     if mask is not None:
         mask[0, :, 0] = False
         allowed = allowed & mask
-    return (q, k, v, bias, mask), allowed.expand(c["b"], c["hq"], -1, -1), dict(
-        scale=0.3, window_left=c["left"], window_right=c["right"]
+    return (
+        (q, k, v, bias, mask),
+        allowed.expand(c["b"], c["hq"], -1, -1),
+        dict(scale=0.3, window_left=c["left"], window_right=c["right"]),
     )
 
 

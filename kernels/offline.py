@@ -1,0 +1,173 @@
+"""Compiles the kernels for Hopper on a machine without a GPU, and reads back what the compiler made of them.
+
+`python -m fa3_inductor.kernels.offline` prints a table of every configuration and exits with 1 if one breaks a rule of
+`violations`. Needs triton (whose wheel brings ptxas and nvdisasm) and no CUDA driver.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.runtime.jit import create_function_from_signature
+
+HOPPER = GPUTarget("cuda", 90, 32)
+SHARED_LIMIT = 232448  # bytes a block may have on sm_90; triton does not check it
+_NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+_OPCODE = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P(?:\d+|T)\s+)?([^;]+);")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of one kernel: `counts` by opcode up to its first dot, `max_regs` the operands of its USETMAXREG."""
+
+    name: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    counts: dict[str, int]
+    max_regs: list[int]
+    warnings: list[str]
+    sass: str = dataclasses.field(repr=False)
+
+
+def compile_offline(name: str, kernel, args: tuple, options: dict) -> Report:
+    """Compiles a Gluon kernel for sm_90a. `args` are those of a launch, with meta tensors for the tensors.
+
+    Raises:
+        RuntimeError: what triton or ptxas said. Some mistakes (a layout that LLVM cannot lower) end the process.
+    """
+    backend = make_backend(HOPPER)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, parsed = bind(*args, **options)
+    parsed, signature, constexprs, attrs = kernel._pack_args(backend, options, bound, specialization, parsed)
+    source = GluonASTSource(kernel, signature, constexprs, attrs)
+    with contextlib.redirect_stdout(io.StringIO()):  # on an error of ptxas, triton prints all of the PTX
+        compiled = triton.compile(source, target=HOPPER, options=parsed.__dict__)
+    with tempfile.TemporaryDirectory() as folder:
+        # triton keeps the machine code and throws ptxas' messages away.
+        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx.write_text(compiled.asm["ptx"])
+        command = [get_ptxas(HOPPER.arch).path, "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(Path(folder, "again"))]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        cubin.write_bytes(compiled.asm["cubin"])
+        sass = subprocess.run([_NVDISASM, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    messages = [line.strip() for line in log.splitlines() if "warning" in line.lower() or re.search(r"C75\d\d", line)]
+    instructions = [match.group(1) for line in sass.splitlines() if (match := _OPCODE.match(line))]
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    return Report(
+        name=name,
+        registers=int(re.search(r"Used (\d+) registers", log).group(1)),
+        spill_bytes=int(spills.group(1)) + int(spills.group(2)),
+        shared_bytes=compiled.metadata.shared,
+        counts=dict(collections.Counter(re.split(r"[.\s]", i, maxsplit=1)[0] for i in instructions)),
+        max_regs=[int(i.split()[-1], 0) for i in instructions if i.startswith("USETMAXREG")],
+        warnings=messages,
+        sass=sass,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One configuration to compile: what a launch of it would pass, and the registers that its warp groups ask for."""
+
+    kernel: object
+    args: tuple
+    options: dict
+    register_budget: set[int]
+
+
+def forward_case(head_dim: int, causal: bool, dtype: torch.dtype) -> Case:
+    from fa3_inductor.kernels import forward
+
+    q, k = (torch.empty(2, heads, 4096, head_dim, dtype=dtype, device="meta") for heads in (8, 2))
+    lse = torch.empty(q.shape[:3], device="meta")
+    tile = forward.TILES[head_dim, causal]
+    _, args = forward.launch_arguments(q, k, k, q, lse, 0.1, 0 if causal else None, tile, sm_count=132)
+    return Case(forward._forward, args, {"num_warps": 4}, {tile.consumer_regs, tile.producer_regs})
+
+
+def cases() -> dict[str, functools.partial]:
+    """What makes each `Case` that the package ships, by name."""
+    from fa3_inductor.kernels import forward
+
+    return {
+        f"forward-d{head_dim}-{'causal' if causal else 'full'}-{str(dtype).removeprefix('torch.')}": functools.partial(
+            forward_case, head_dim, causal, dtype
+        )
+        for head_dim, causal in forward.TILES
+        for dtype in (torch.bfloat16, torch.float16)
+    }
+
+
+def violations(report: Report, register_budget: set[int]) -> list[str]:
+    """The rules that every Hopper kernel of this package keeps, as far as this one breaks them."""
+    broken = [f"no {opcode}" for opcode in ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG") if opcode not in report.counts]
+    if report.spill_bytes:
+        broken.append(f"{report.spill_bytes} bytes spilled")
+    if report.shared_bytes > SHARED_LIMIT:
+        broken.append(f"{report.shared_bytes} bytes of shared memory")
+    # Beyond the budget, 256 is what the first warp group has before the roles part, and one other number what the rest
+    # wait with. Asking for more than there is takes it from the first warp group without a word: then there is another.
+    others = set(report.max_regs) - register_budget - {256}
+    if not register_budget <= set(report.max_regs) or len(others) > 1:
+        broken.append(f"setmaxnreg {sorted(set(report.max_regs))} for a budget of {sorted(register_budget)}")
+    return broken + report.warnings
+
+
+def check(name: str) -> dict:
+    """Compiles the case `name` in a process of its own, since a compiler's assertion would end this one.
+
+    Returns:
+        the fields of `Report` but for the machine code, and "violations", a list of sentences.
+    """
+    child = subprocess.run([sys.executable, "-m", __spec__.name, "--case", name], capture_output=True, text=True)
+    if child.returncode:
+        reason = (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
+        return {"name": name, "violations": [f"does not compile: {reason}"]}
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", choices=cases(), help="only this one, as JSON")
+    name = parser.parse_args().case
+    if name:
+        case = cases()[name]()
+        report = compile_offline(name, case.kernel, case.args, case.options)
+        fields = dataclasses.asdict(report) | {"violations": violations(report, case.register_budget)}
+        del fields["sass"]
+        print(json.dumps(fields))
+        return 0
+    failed = 0
+    print(f"{'kernel':32} {'regs':>4} {'spill':>5} {'smem':>6} {'HGMMA':>5} {'insts':>6}  setmaxnreg")
+    with ThreadPoolExecutor(2) as pool:
+        for result in pool.map(check, cases()):
+            if counts := result.get("counts"):
+                print(
+                    f"{result['name']:32} {result['registers']:4} {result['spill_bytes']:5} {result['shared_bytes']:6} "
+                    f"{counts.get('HGMMA', 0):5} {sum(counts.values()):6}  {sorted(set(result['max_regs']))}"
+                )
+            for sentence in result["violations"]:
+                failed = 1
+                print(f"  {result['name']}: {sentence}")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
