@@ -101,6 +101,15 @@ class _Recorder(torch.fx.Interpreter):
         self._note_origins(n, tracer.graph)
         return result
 
+    def call_method(self, target: str, args: tuple, kwargs: dict) -> Any:
+        known = self.current.meta.get("example_value")
+        if target == "item" and isinstance(known, torch.SymFloat):
+            # A float of the model that Dynamo made an input (a scale, a dropout probability): its value is guarded.
+            return float(known)
+        if target in HOOKS:  # splice.py looks at these in the user's graph
+            return args[0] if target.endswith("_") else None
+        return super().call_method(target, args, kwargs)
+
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         expansion = EXPANSIONS.get(target)
         return expansion(*args, **kwargs) if expansion is not None else super().call_function(target, args, kwargs)
@@ -139,6 +148,9 @@ def _traced(result: Any, tracer: Any) -> Any:
         return tuple(_traced(r, tracer) for r in result)
     return tracing.traced_node(result, tracer)
 
+
+# Methods that watch a tensor of autograd's rather than compute one.
+HOOKS = ("register_hook", "retain_grad", "register_post_accumulate_grad_hook", "requires_grad_")
 
 _INPLACE_OPERATORS = {getattr(operator, name.strip("_")) for name in dir(operator) if name.startswith("__i")} - {
     operator.inv,

@@ -45,6 +45,7 @@ def rewrite_graph(gm: GraphModule) -> GraphReport:
     """
     result = GraphReport(f"graph_{next(_numbers)}")
     before = gm.print_readable(print_output=False) if config.dump_dir else ""
+    tracing.link_bodies(gm)
     for module in _graphs(gm):
         if not has_anchor(module):
             continue

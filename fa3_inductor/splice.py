@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from . import ops  # noqa: F401  (registers fa3::attention)
-from .capture import Capture, may_write
+from .capture import HOOKS, Capture, may_write
 from .patterns.layouts import packet
 from .patterns.find import SWALLOWS
 from .patterns.masks import Mask
@@ -105,15 +105,12 @@ def _is_plain(mask: Mask) -> bool:
     return mask.window_left is None and mask.window_right in (None, 0)
 
 
-_HOOKS = ("register_hook", "retain_grad", "register_post_accumulate_grad_hook", "requires_grad_")
-
-
 def _check_hooks(captured: Capture, interior: tuple[Node, ...]) -> None:
     for value in interior[:-1]:
         for node in captured.held_by(value):
             for user in node.users:
                 name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-                if name in _HOOKS:
+                if name in HOOKS:
                     raise Rejected(Reason.SCORES_USED, f"'{user.name}' ({name}) watches '{node.name}'")
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.fx.traceback
@@ -25,6 +26,8 @@ def export_before_autograd(module: torch.nn.Module, fake_inputs: list[Any]) -> G
         if mode is not None:
             stack.enter_context(mode)
             stack.enter_context(tracing(TracingContext(mode)))
+            # A float attribute of the model that Dynamo made symbolic is read with .item().
+            stack.enter_context(patch.object(mode, "allow_scalar_outputs", True))
             if mode.shape_env is not None:
                 stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
         stack.enter_context(torch.fx.traceback.preserve_node_meta())
@@ -58,13 +61,33 @@ def real_tensors() -> Any:
     return unset_fake_temporarily()
 
 
+_OUTER = "fa3_outer_input"
+
+
+def link_bodies(gm: GraphModule) -> None:
+    """Let the inputs of higher-order operators' bodies be known as the graph inputs that are passed to them."""
+    for call in gm.graph.nodes:
+        for position, body in enumerate(call.args):
+            module = getattr(gm, body.target, None) if isinstance(body, Node) and body.op == "get_attr" else None
+            if isinstance(module, GraphModule):
+                passed = call.args[position + 1 :]
+                for inner, outer in zip(module.graph.find_nodes(op="placeholder"), passed, strict=False):
+                    if isinstance(outer, Node) and outer.op == "placeholder":
+                        inner.meta[_OUTER] = outer.meta.get(_OUTER, outer)
+                link_bodies(module)
+
+
+def _argument(placeholder: Node) -> Any:
+    return placeholder.meta.get(_OUTER, placeholder).meta.get("grapharg")
+
+
 def guardable_tensor(placeholder: Node) -> torch.Tensor | None:
     """The real tensor behind a Dynamo graph input, if a guard can watch it; else None.
 
     Only what the model owns (parameters and buffers, which Dynamo reaches through a module) and globals are considered: a
     plain argument changes from call to call, and a graph that is exported has nobody to check a guard.
     """
-    argument = placeholder.meta.get("grapharg")
+    argument = _argument(placeholder)
     source = getattr(argument, "source", None)
     if source is None or TracingContext.try_get() is None or torch.compiler.is_exporting():
         return None
@@ -82,7 +105,7 @@ def guard_unchanged(placeholder: Node) -> None:
 
     Dynamo builds its guards from the tracing context after the backend returns (torch 2.11 to 2.15).
     """
-    argument = placeholder.meta["grapharg"]
+    argument = _argument(placeholder)
     tensor = argument.example
     guard = Guard(argument.source, functools.partial(_install_unchanged, identity=id(tensor), version=tensor._version))
     TracingContext.get().guards_context.dynamo_guards.add(guard)

@@ -137,6 +137,11 @@ class Algebra:
         self._memo: dict[tuple[Node, Index], Value] = {}
         self.scores: dict[tuple[Any, Index], Any] = {}  # what scores.py read: a graph's attentions share their masks
 
+    def forget(self) -> None:
+        """Drop what was worked out: a symbolic size has become a number."""
+        self._memo.clear()
+        self.scores.clear()
+
     def value(self, node: Any, index: Index) -> Value:
         if not isinstance(node, Node):
             return sympy.sympify(node)

@@ -44,13 +44,30 @@ def find_attention(graph: Graph, algebra: Algebra) -> Iterator[Found]:
         else:
             continue
         try:
-            found = read(algebra, node)
+            try:
+                found = read(algebra, node)
+            except _Specialised:
+                algebra.forget()
+                found = read(algebra, node)
         except Rejected as rejection:
             yield Found(node, None, rejection)
             continue
         if found is not None:
             spec, interior = found
             yield Found(node, spec, None, interior)
+
+
+class _Specialised(Exception):
+    """A symbolic size was made static, so what was read before is out of date."""
+
+
+def _static_head_dim(size: int | torch.SymInt) -> sympy.Expr:
+    """The head dim, which kernels and scales need as a number: a symbolic one is guarded to be what it is now."""
+    expr = size_expr(size)
+    if not expr.is_number:
+        int(size)
+        raise _Specialised
+    return expr
 
 
 # --------------------------------------------------------------------------------------------- softmax
@@ -88,6 +105,8 @@ def _walk_down(softmax: Node) -> _Weights | None:
         nodes.append(node)
         if packet(node) in (aten.dropout, aten.native_dropout):
             p, training = node.args[1], argument(node, 2, "train", True)
+            if isinstance(p, Node):
+                raise Rejected(Reason.WEIGHTS_OP, "the dropout probability is not known when compiling")
             if training and p:
                 dropout_p = p
                 words.append("dropout")
@@ -267,7 +286,7 @@ class _Reading:
         seqlen_k = shape_exprs(tensor(self.softmax))[self.dim]
         axes = Axes(space.symbol("q", self.sizes["q"]), view.k, self.sizes["q"], seqlen_k)
         others = [n for axis in names for n in axis if n not in ("q", "d")]
-        head_dim = size_expr(_contracted_size(view))
+        head_dim = _static_head_dim(_contracted_size(view))
         roles = _Roles.of(space, others, self.sizes, axes, "d", view.scores.product.contracted, head_dim, self.sizes["d"])
         _check_interior(view.scores.nodes, self.softmax)
         scale = view.scores.scale
@@ -640,6 +659,7 @@ def _read_sdpa(algebra: Algebra, node: Node) -> tuple[AttentionSpec, tuple[Node,
     if any(rank(x) < 2 or not 2 <= rank(x) <= 5 for x in (q, k, v)):
         raise Rejected(Reason.LAYOUT, f"q, k and v have {rank(q)}, {rank(k)} and {rank(v)} dimensions")
     shape = shape_exprs(tensor(node))
+    _static_head_dim(tensor(q).shape[-1])
     seqlen_q, head_dim = shape_exprs(tensor(q))[-2:]
     seqlen_k, head_dim_v = shape_exprs(tensor(v))[-2:]
     names = ["b", "h", "h2"][: len(shape) - 2]

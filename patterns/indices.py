@@ -16,15 +16,27 @@ Index = tuple[sympy.Expr, ...]
 ZERO, ONE = sympy.Integer(0), sympy.Integer(1)
 
 
-def size_expr(size: int | torch.SymInt | torch.fx.Node | sympy.Expr) -> sympy.Expr:
-    """The sympy expression of a size, an index or another integer, without adding a guard on a symbolic one."""
+def size_expr(size: int | torch.SymInt | torch.SymFloat | torch.fx.Node | sympy.Expr) -> sympy.Expr:
+    """The sympy expression of a size, an index or another number, without adding a guard on a symbolic one."""
     if isinstance(size, torch.fx.Node):
         size = size.meta["val"]
-    if isinstance(size, torch.SymInt):
+    if isinstance(size, (torch.SymInt, torch.SymFloat)):
         expr = size.node.expr
         # torch's size symbols carry no sign; every size that Dynamo made symbolic is at least one.
-        return expr.xreplace({s: sympy.Symbol(s.name, integer=True, positive=True) for s in expr.free_symbols})
+        expr = expr.xreplace({s: sympy.Symbol(s.name, integer=True, positive=True) for s in expr.free_symbols})
+        return expr.replace(lambda e: type(e).__name__ in _TORCH_FUNCTIONS, lambda e: _TORCH_FUNCTIONS[type(e).__name__](*e.args))
     return sympy.sympify(size)
+
+
+# torch's own sympy functions, which sympy cannot simplify.
+_TORCH_FUNCTIONS = {
+    "ToFloat": lambda x: x,
+    "FloatPow": sympy.Pow,
+    "PowByNatural": sympy.Pow,
+    "FloatTrueDiv": lambda a, b: a / b,
+    "IntTrueDiv": lambda a, b: a / b,
+    "OpaqueUnaryFn_sqrt": sympy.sqrt,
+}
 
 
 def shape_exprs(value: torch.Tensor) -> tuple[sympy.Expr, ...]:
