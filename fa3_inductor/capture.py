@@ -106,11 +106,13 @@ class _Recorder(torch.fx.Interpreter):
         if target == "item" and isinstance(known, torch.SymFloat):
             # A float of the model that Dynamo made an input (a scale, a dropout probability): its value is guarded.
             return float(known)
-        if target in HOOKS:  # splice.py looks at these in the user's graph
-            return args[0] if target.endswith("_") else None
+        if target in HOOKS:
+            return args[0].detach()
         return super().call_method(target, args, kwargs)
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        if getattr(target, "__name__", "") in HOOKS:
+            return args[0].detach()  # an operation of its own, so that nothing is fused across the hook
         expansion = EXPANSIONS.get(target)
         return expansion(*args, **kwargs) if expansion is not None else super().call_function(target, args, kwargs)
 
@@ -149,7 +151,7 @@ def _traced(result: Any, tracer: Any) -> Any:
     return tracing.traced_node(result, tracer)
 
 
-# Methods that watch a tensor of autograd's rather than compute one.
+# What watches a tensor of autograd's rather than computes one.
 HOOKS = ("register_hook", "retain_grad", "register_post_accumulate_grad_hook", "requires_grad_")
 
 _INPLACE_OPERATORS = {getattr(operator, name.strip("_")) for name in dir(operator) if name.startswith("__i")} - {

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from . import ops  # noqa: F401  (registers fa3::attention)
-from .capture import HOOKS, Capture, may_write
+from .capture import Capture, may_write
 from .patterns.layouts import packet
 from .patterns.find import SWALLOWS
 from .patterns.masks import Mask
@@ -46,7 +46,6 @@ class Splicer:
             raise Rejected(Reason.OPAQUE, f"'{spec.result.name}' comes from no operation of the graph")
         if spec.is_sdpa and plan.target == "sdpa" and not _simplifies(spec):
             return
-        _check_hooks(self.capture, interior)
         values = dict(self._rebuilt.get(place, {}))
         emit = _Emitter(self.capture, place, values, self.mode)
         try:
@@ -103,15 +102,6 @@ def packet_argument(node: Node, position: int, name: str) -> Any:
 
 def _is_plain(mask: Mask) -> bool:
     return mask.window_left is None and mask.window_right in (None, 0)
-
-
-def _check_hooks(captured: Capture, interior: tuple[Node, ...]) -> None:
-    for value in interior[:-1]:
-        for node in captured.held_by(value):
-            for user in node.users:
-                name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-                if name in HOOKS:
-                    raise Rejected(Reason.SCORES_USED, f"'{user.name}' ({name}) watches '{node.name}'")
 
 
 class _Emitter:

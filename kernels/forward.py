@@ -92,14 +92,12 @@ def _locate(step, m_tiles, heads, section, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def _kv_tiles(m_tile, seqlen_q, seqlen_k, shift, TILE_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
-    """How many KV tiles the rows of a tile see; at least one, masked altogether if they see none."""
+def _kv_tiles(row0, seqlen_q, seqlen_k, shift, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
+    """How many KV tiles the rows row0 ... row0 + ROWS - 1 see; one, whatever it holds, if they see none."""
     keys = seqlen_k
     if CAUSAL:
-        keys = gl.minimum(keys, gl.maximum(gl.minimum((m_tile + 1) * TILE_M, seqlen_q) + shift, 1))
-        # The row tile behind the last, which fills up an odd number of them for the pairing.
-        keys = gl.where(m_tile * TILE_M < seqlen_q, keys, 1)
-    return (keys + BLOCK_N - 1) // BLOCK_N
+        keys = gl.minimum(keys, gl.maximum(gl.minimum(row0 + ROWS, seqlen_q) + shift, 1))
+    return (gl.where(row0 < seqlen_q, keys, 1) + BLOCK_N - 1) // BLOCK_N
 
 
 @gluon.jit
@@ -117,13 +115,14 @@ def _produce(args, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.co
     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = args[:12]
     tiles, m_tiles, heads, q_heads, group, section, seqlen_q, seqlen_k, shift = args[12:]
     ROWS: gl.constexpr = q_desc.block_type.shape[2]
+    TILE_M: gl.constexpr = CONSUMERS * ROWS
     it = 0
     for step in range(_steps(tiles, section)):
         m_tile, flat = _locate(step, m_tiles, heads, section, CAUSAL)
         batch = flat // q_heads
         head = flat % q_heads
         kv_head = head // group
-        n_tiles = _kv_tiles(m_tile, seqlen_q, seqlen_k, shift, CONSUMERS * ROWS, BLOCK_N, CAUSAL)
+        n_tiles = _kv_tiles(m_tile * TILE_M, seqlen_q, seqlen_k, shift, TILE_M, BLOCK_N, CAUSAL)
         last = (n_tiles - 1) * BLOCK_N
         _load_kv(k_desc, batch, kv_head, last, it, k_full, k_empty, k_smem, STAGES)
         for wg in gl.static_range(CONSUMERS):
@@ -136,6 +135,13 @@ def _produce(args, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.co
             _load_kv(v_desc, batch, kv_head, row + BLOCK_N, it + j - 1, v_full, v_empty, v_smem, STAGES)
         it += n_tiles
         _load_kv(v_desc, batch, kv_head, 0, it - 1, v_full, v_empty, v_smem, STAGES)
+
+
+@gluon.jit
+def _skip(it, full, empty, STAGES: gl.constexpr):
+    """Lets go of a tile of a ring unread. Not before it is full: the barrier would take that for the tile before it."""
+    mbarrier.wait(full.index(it % STAGES), (it // STAGES) & 1)
+    mbarrier.arrive(empty.index(it % STAGES), count=1)
 
 
 @gluon.jit
@@ -252,17 +258,27 @@ def _consume(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     rows_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    TILE_M: gl.constexpr = CONSUMERS * ROWS
     q = q_smem.index(WG).reshape([ROWS, D])
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
     it = 0
     for step in range(_steps(tiles, section)):
         m_tile, flat = _locate(step, m_tiles, heads, section, CAUSAL)
-        row0 = (m_tile * CONSUMERS + WG) * ROWS
+        row0 = m_tile * TILE_M + WG * ROWS
         rows = row0 + gl.arange(0, ROWS, rows_layout)
-        n_tiles = _kv_tiles(m_tile, seqlen_q, seqlen_k, shift, CONSUMERS * ROWS, BLOCK_N, CAUSAL)
         limit = gl.full([ROWS], 0, gl.int32, rows_layout) + seqlen_k
         if CAUSAL:
             limit = gl.minimum(limit, rows + (shift + 1))
+
+        # KV tiles that only the other consumers' rows see.
+        n_tiles = _kv_tiles(row0, seqlen_q, seqlen_k, shift, ROWS, BLOCK_N, CAUSAL)
+        for _ in range(n_tiles, _kv_tiles(m_tile * TILE_M, seqlen_q, seqlen_k, shift, TILE_M, BLOCK_N, CAUSAL)):
+            if PING_PONG:
+                mbarrier.wait(turn.index(WG), it & 1)
+                mbarrier.arrive(turn.index((WG + 1) % CONSUMERS), count=1)
+            _skip(it, k_full, k_empty, STAGES)
+            _skip(it, v_full, v_empty, STAGES)
+            it += 1
 
         # The last KV tile, alone: no weights to multiply by V yet. It is the only one that can reach past the end of K.
         stage = it % STAGES

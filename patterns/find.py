@@ -95,8 +95,12 @@ def _walk_down(softmax: Node) -> _Weights | None:
     node = softmax
     while True:
         users = users_of(node)
-        onward = [u for u in users if _leads_to_product(u, node)]
+        onward = [u for u in users if _leads_to_product(u, node, _keeps_weights)]
         if not onward:
+            for u in users:
+                if _leads_to_product(u, node, _keeps_shape):
+                    what = "a detach or a hook" if packet(u) is aten.detach else str(u.target)
+                    raise Rejected(Reason.WEIGHTS_OP, f"'{u.name}' ({what})")
             return None
         others += [u for u in users if u is not onward[0]]
         node, previous = onward[0], node
@@ -125,12 +129,19 @@ def _product_operands(node: Node) -> tuple[Node, ...]:
     return tuple(node.args[1:3] if packet(node) in (aten.baddbmm, aten.addmm) else node.args[:2])
 
 
-def _leads_to_product(user: Node, source: Node, depth: int = 8) -> bool:
+def _leads_to_product(user: Node, source: Node, passes: Callable[[Node], bool], depth: int = 8) -> bool:
     if user.op != "call_function":
         return False
     if is_product(user):
         return any(x is source for x in _product_operands(user))
-    return depth > 0 and _keeps_weights(user) and any(_leads_to_product(u, user, depth - 1) for u in users_of(user))
+    return depth > 0 and passes(user) and any(_leads_to_product(u, user, passes, depth - 1) for u in users_of(user))
+
+
+def _keeps_shape(node: Node) -> bool:
+    """Whether a node could still be attention weights, changed in some way."""
+    value = node.meta.get("val")
+    shapes = [tensor(x).shape for x in node.all_input_nodes if isinstance(x.meta.get("val"), torch.Tensor)]
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape in shapes
 
 
 _WEIGHT_OPS = (aten._to_copy, aten.to, aten.type_as, aten.dropout)

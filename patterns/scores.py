@@ -244,7 +244,8 @@ def _not_understood(algebra: Algebra, node: Node, index: Index) -> Scores:
             except NotScores as failure:
                 if failure.reason is Reason.NO_PRODUCT:
                     continue
-            raise NotScores(Reason.SCORE_OP, f"'{node.name}' ({node.target}) on the scores")
+            what = "a detach or a hook" if packet(node) is aten.detach else str(node.target)
+            raise NotScores(Reason.SCORE_OP, f"'{node.name}' ({what}) on the scores")
     raise NotScores
 
 
