@@ -222,6 +222,9 @@ def is_one(size: Any) -> bool:
 
 
 def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
+    if plan.empty is Empty.AS_WRITTEN and emit.trains:
+        # The forward adds what the user adds; a fused backward has lost the scores in such a row's log-sum-exp.
+        raise Rejected(Reason.EMPTY_ROWS, "masks of several kinds in training; config.empty_rows = 'relaxed' accepts zeros there")
     q, k, v = (emit.operand(x) for x in (spec.q, spec.k, spec.v))
     k, v = (_expand_batch(emit, x, q) for x in (k, v))
     q = _expand_batch(emit, q, k)

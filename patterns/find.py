@@ -1,6 +1,7 @@
 """Finding attention: anchored at softmax and at scaled_dot_product_attention, walked outwards to query, key and value."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from .scores import Added, Hidden, NotScores, Scores, leaves, read_scores, visib
 from .spec import AttentionSpec, Empty, Operand, Rejected, Term, TermKind
 
 aten = torch.ops.aten
+log = logging.getLogger(__name__)
 
 _SOFTMAX = (aten.softmax, aten._softmax, aten._safe_softmax)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,6 +53,10 @@ def find_attention(graph: Graph, algebra: Algebra) -> Iterator[Found]:
                 found = read(algebra, node)
         except Rejected as rejection:
             yield Found(node, None, rejection)
+            continue
+        except Exception as error:
+            log.warning("'%s' was not understood: %s", node.name, error, exc_info=True)
+            yield Found(node, None, Rejected(Reason.INTERNAL, f"{type(error).__name__}: {error}"))
             continue
         if found is not None:
             spec, interior = found

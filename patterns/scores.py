@@ -13,7 +13,7 @@ from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
 from .algebra import FALSE, TRUE, Algebra, Choice, Opaque, Value, is_condition, to_boolean, to_number
-from .indices import Index, broadcast_index, shape_exprs
+from .indices import ONE, Index, broadcast_index, shape_exprs
 from .layouts import argument, layout_step, packet, tensor
 from .products import Product, as_product, is_product
 from .reasons import Reason
@@ -180,7 +180,7 @@ def _added(algebra: Algebra, node: Node, index: Index) -> Scores:
     position, scores = _either(algebra, operands)
     alpha = algebra.value(argument(node, 2, "alpha", 1), ())
     # add: a + alpha b; sub: a - alpha b; rsub: b - alpha a
-    factors = {aten.add: [1, alpha], aten.sub: [1, -alpha], aten.rsub: [-alpha, 1]}[packet(node)]
+    factors = {aten.add: [ONE, alpha], aten.sub: [ONE, -alpha], aten.rsub: [-alpha, ONE]}[packet(node)]
     if factors[position] != 1:
         raise NotScores(Reason.SCORE_OP, f"'{node.name}' subtracts the scores")
     other, other_index = operands[1 - position]

@@ -1,0 +1,539 @@
+"""Attention as people write it: one function per spelling, for any device and dtype.
+
+q, k and v come as [B, H, S, D] unless the entry says otherwise; sizes are small and odd where the form allows.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fa3_inductor import Reason
+
+INF = float("-inf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """``mask`` is what has to be proved of a form that has to be fused; ``reason`` why another has to be left alone."""
+
+    name: str
+    fn: Callable
+    args: Callable[[], list]
+    mask: str | None = None
+    reason: Reason | None = None
+    grads: bool = True
+
+
+FORMS: list[Form] = []
+
+# Set by the harness of each device: head_dim, batch and lengths.
+B, H, S, D = 2, 4, 23, 16
+
+
+def qkv(heads: int = H, kv_heads: int = H, seqlen_q: int = S, seqlen_k: int = S) -> list[Tensor]:
+    return [torch.randn(B, heads, seqlen_q, D), *(torch.randn(B, kv_heads, seqlen_k, D) for _ in range(2))]
+
+
+def form(mask: str | None = None, reason: Reason | None = None, args: Callable = qkv, grads: bool = True) -> Callable:
+    def register(fn: Callable) -> Callable:
+        FORMS.append(Form(fn.__name__, fn, args, mask, reason, grads))
+        return fn
+
+    return register
+
+
+def wide(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+# ------------------------------------------------------------------------------------------- scale and product
+
+
+@form("full")
+def div_scale(q, k, v):
+    return torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.size(-1)), dim=-1) @ v
+
+
+@form("full")
+def mul_scale(q, k, v):
+    return F.softmax(torch.matmul(q, k.transpose(2, 3)) * q.size(-1) ** -0.5, dim=-1).matmul(v)
+
+
+@form("full")
+def q_scaled_before(q, k, v):
+    return F.softmax((q * 0.25) @ k.mT, -1) @ v
+
+
+@form("full")
+def q_divided_before(q, k, v):
+    return F.softmax((q / 4.0) @ k.mT, -1) @ v
+
+
+@form("full")
+def both_scaled_before(q, k, v):
+    return F.softmax((q * 16**-0.25) @ (k * 16**-0.25).mT, -1) @ v
+
+
+@form("full")
+def no_scale(q, k, v):
+    return torch.softmax(q @ k.mT, -1) @ v
+
+
+@form("full")
+def scale_from_a_constant_tensor(q, k, v):
+    s = q @ k.mT
+    return (s / torch.full([], q.size(-1) ** 0.5, dtype=s.dtype, device=s.device)).softmax(-1) @ v
+
+
+@form("full")
+def wide_softmax(q, k, v):
+    return F.softmax(q @ k.mT * 0.25, dim=-1, dtype=wide(q)).to(q.dtype) @ v
+
+
+@form("full")
+def cast_around_softmax(q, k, v):
+    return F.softmax((q @ k.mT * 0.25).to(wide(q)), dim=-1).type_as(q) @ v
+
+
+@form("full")
+def wide_scores(q, k, v):
+    s = q.to(wide(q)) @ k.to(wide(q)).mT
+    return (F.softmax(s * 0.25, -1).to(v.dtype) @ v).to(q.dtype)
+
+
+@form("full")
+def einsum_heads_first(q, k, v):
+    p = torch.einsum("bhid,bhjd->bhij", q, k).mul(0.25).softmax(dim=-1)
+    return torch.einsum("bhij,bhjd->bhid", p, v)
+
+
+def bshd() -> list[Tensor]:
+    return [torch.randn(B, S, H, D) for _ in range(3)]
+
+
+@form("full", args=bshd)
+def einsum_sequence_first(q, k, v):
+    p = torch.einsum("bqhd,bkhd->bhqk", q, k).mul(0.25).softmax(dim=-1)
+    return torch.einsum("bhqk,bkhd->bqhd", p, v)
+
+
+@form("full", args=bshd)
+def einsum_ellipsis(q, k, v):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.einsum("...qk,...kd->...qd", torch.einsum("...qd,...kd->...qk", q, k).softmax(-1), v)
+
+
+@form("full")
+def bmm(q, k, v):
+    q, k, v = (x.reshape(-1, x.shape[2], x.shape[3]) for x in (q, k, v))
+    out = torch.bmm(torch.softmax(torch.bmm(q, k.transpose(1, 2)) * 0.25, -1), v)
+    return out.view(B, H, -1, out.shape[-1]).transpose(1, 2).reshape(B, -1, H * out.shape[-1])
+
+
+@form("bias", args=lambda: [*qkv(), torch.randn(B, 1, 1, S)])
+def baddbmm(q, k, v, bias):
+    flat = [x.reshape(B * H, x.shape[2], x.shape[3]) for x in (q, k, v)]
+    bias = bias.expand(B, H, q.shape[2], k.shape[2]).reshape(B * H, q.shape[2], k.shape[2])
+    p = torch.baddbmm(bias, flat[0], flat[1].transpose(1, 2), beta=1.0, alpha=0.25).softmax(-1)
+    return torch.bmm(p, flat[2])
+
+
+@form("full")
+def baddbmm_of_nothing(q, k, v):
+    flat = [x.reshape(B * H, x.shape[2], x.shape[3]) for x in (q, k, v)]
+    empty = torch.empty(B * H, q.shape[2], k.shape[2], dtype=q.dtype, device=q.device)
+    p = torch.baddbmm(empty, flat[0], flat[1].transpose(1, 2), beta=0, alpha=0.25).softmax(-1)
+    return torch.bmm(p, flat[2])
+
+
+@form("full", args=lambda: [torch.randn(S, D) for _ in range(3)])
+def one_head(q, k, v):
+    return torch.softmax(q @ k.T / 4, -1) @ v
+
+
+@form("full", args=lambda: [torch.randn(B, S, D) for _ in range(3)])
+def one_head_batched(q, k, v):
+    return torch.softmax(q @ k.transpose(1, 2) / 4, -1) @ v
+
+
+@form("full", args=lambda: [torch.randn(2, 3, 2, 5, D) for _ in range(3)])
+def five_dimensions(q, k, v):
+    return torch.softmax(q @ k.mT / 4, -1) @ v
+
+
+@form("full", args=lambda: [torch.randn(B, S, 3 * H * D)])
+def packed_qkv(x):
+    q, k, v = x.view(x.shape[0], x.shape[1], 3, H, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    return (torch.softmax(q @ k.mT * 0.25, -1) @ v).transpose(1, 2).reshape(x.shape[0], x.shape[1], -1)
+
+
+@form("full", args=lambda: [torch.randn(B, S, 3 * H * D)])
+def chunked_qkv(x):
+    q, k, v = (t.unflatten(-1, (H, -1)).transpose(1, 2) for t in x.chunk(3, dim=-1))
+    out = torch.softmax(q @ k.transpose(-1, -2) * 0.25, -1) @ v
+    return out.transpose(1, 2).flatten(2)
+
+
+@form("full", args=lambda: [*qkv(seqlen_q=5)])
+def cross(q, k, v):
+    return torch.softmax(q @ k.mT / 4, -1) @ v
+
+
+@form("full", args=lambda: [*qkv(seqlen_q=1)])
+def decode(q, k, v):
+    return torch.softmax(q @ k.mT / 4, -1) @ v
+
+
+# ------------------------------------------------------------------------------------------- grouped queries
+
+gqa = lambda: qkv(kv_heads=2)  # noqa: E731
+
+
+@form("full", args=gqa)
+def gqa_expand(q, k, v):
+    def repeat_kv(x):
+        b, h, s, d = x.shape
+        return x[:, :, None].expand(b, h, 2, s, d).reshape(b, h * 2, s, d)
+
+    return torch.softmax(q @ repeat_kv(k).transpose(2, 3) * 0.25, -1, dtype=wide(q)).to(q.dtype) @ repeat_kv(v)
+
+
+@form("full", args=gqa)
+def gqa_repeat_interleave(q, k, v):
+    return torch.softmax(q @ k.repeat_interleave(2, 1).mT * 0.25, -1) @ v.repeat_interleave(2, dim=1)
+
+
+@form("full", args=gqa)
+def gqa_five_dimensions(q, k, v):
+    q = q.unflatten(1, (2, 2))
+    return (torch.softmax(q @ k[:, :, None].mT * 0.25, -1) @ v[:, :, None]).flatten(1, 2)
+
+
+@form("full", args=gqa)
+def gqa_einsum(q, k, v):
+    q = q.unflatten(1, (2, 2))
+    p = torch.einsum("bkgqd,bksd->bkgqs", q, k).mul(0.25).softmax(-1)
+    return torch.einsum("bkgqs,bksd->bkgqd", p, v).flatten(1, 2)
+
+
+@form("full", args=lambda: qkv(kv_heads=1))
+def mqa_broadcast(q, k, v):
+    return torch.softmax(q @ k.mT * 0.25, -1) @ v
+
+
+@form("full", args=gqa)
+def gqa_tiled(q, k, v):
+    # Heads in the order 0 1 0 1: not the grouping that kernels have, so k and v are taken as they are repeated.
+    return torch.softmax(q @ k.repeat(1, 2, 1, 1).mT * 0.25, -1) @ v.repeat(1, 2, 1, 1)
+
+
+# ------------------------------------------------------------------------------------------- causal
+
+
+def hide(q, k, hidden, value=INF):
+    return (q @ k.mT * 0.25).masked_fill(hidden, value)
+
+
+@form("causal")
+def causal_tril_equals_zero(q, k, v):
+    n = q.shape[-2]
+    return torch.softmax(hide(q, k, torch.tril(torch.ones(n, n, device=q.device)) == 0), -1) @ v
+
+
+@form("causal")
+def causal_triu_added(q, k, v):
+    n = q.shape[-2]
+    return torch.softmax(q @ k.mT * 0.25 + torch.triu(torch.full((n, n), INF, device=q.device, dtype=q.dtype), diagonal=1), -1) @ v
+
+
+@form("causal")
+def causal_arange_where_min(q, k, v):
+    i = torch.arange(q.shape[-2], device=q.device)
+    s = q @ k.mT * 0.25
+    return torch.softmax(torch.where(i[:, None] >= i[None, :], s, torch.finfo(s.dtype).min), -1) @ v
+
+
+@form("causal", args=bshd)
+def causal_in_place(q, k, v):
+    s = torch.einsum("bqhd,bkhd->bhqk", q, k)
+    s /= 4.0
+    s.masked_fill_(torch.ones(s.shape[-2:], dtype=torch.bool, device=q.device).triu_(1), -1e9)
+    return torch.einsum("bhqk,bkhd->bqhd", s.softmax(-1, dtype=wide(q)).to(q.dtype), v)
+
+
+@form("causal")
+def causal_logical_not(q, k, v):
+    n = q.shape[-2]
+    keep = torch.ones(1, 1, n, n, dtype=torch.bool, device=q.device).tril()
+    return torch.softmax(hide(q, k, ~keep, torch.finfo(q.dtype).min), -1) @ v
+
+
+@form("causal")
+def causal_one_minus_mask_times_min(q, k, v):
+    n = q.shape[-2]
+    keep = torch.tril(torch.ones(n, n, device=q.device, dtype=q.dtype))
+    return torch.softmax(q @ k.mT * 0.25 + (1.0 - keep) * torch.finfo(q.dtype).min, -1) @ v
+
+
+@form("causal (bottom-right)", args=lambda: qkv(seqlen_q=7))
+def causal_bottom_right(q, k, v):
+    n, m = q.shape[-2], k.shape[-2]
+    hidden = torch.ones(n, m, dtype=torch.bool, device=q.device).triu(m - n + 1)
+    return torch.softmax(hide(q, k, hidden), -1) @ v
+
+
+@form("causal", args=lambda: qkv(seqlen_q=7))
+def causal_top_left_of_a_longer_key(q, k, v):
+    i, j = torch.arange(q.shape[-2], device=q.device), torch.arange(k.shape[-2], device=q.device)
+    return torch.softmax(hide(q, k, j[None] > i[:, None]), -1) @ v
+
+
+@form("causal (shifted by 3)")
+def causal_shifted(q, k, v):
+    i = torch.arange(q.shape[-2], device=q.device)
+    return torch.softmax(hide(q, k, i[None] > i[:, None] + 3), -1) @ v
+
+
+@form("sliding window (left 4, right 0)")
+def sliding_window(q, k, v):
+    i = torch.arange(q.shape[-2], device=q.device)
+    return torch.softmax(hide(q, k, (i[None] > i[:, None]) | (i[:, None] - i[None] >= 5)), -1) @ v
+
+
+@form("full")
+def mask_of_nothing(q, k, v):
+    n = q.shape[-2]
+    return torch.softmax(hide(q, k, torch.zeros(n, n, dtype=torch.bool, device=q.device)), -1) @ v
+
+
+@form("causal")
+def index_built_mask(q, k, v):
+    n = q.shape[-2]
+    i = torch.arange(n, device=q.device)
+    positions = torch.arange(n, device=q.device).unsqueeze(0)
+    hidden = positions[:, i[None, :]] > positions[:, i[:, None]]
+    return torch.softmax(hide(q, k, hidden), -1) @ v
+
+
+@form("mask[k, q]")
+def causal_but_for_one_entry(q, k, v):
+    n = q.shape[-2]
+    hidden = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+    hidden[2, 7] = False
+    return torch.softmax(hide(q, k, hidden), -1) @ v
+
+
+@form("mask[k, q]", args=lambda: [*qkv(), torch.ones(S, S, dtype=torch.bool).triu(1)])
+def causal_only_by_its_values(q, k, v, hidden):
+    return torch.softmax(hide(q, k, hidden), -1) @ v
+
+
+# ------------------------------------------------------------------------------------------- padding and bias
+
+lengths = lambda: [*qkv(), torch.arange(S)[None] < torch.tensor([[S], [5]])]  # noqa: E731
+one_empty = lambda: [*qkv(), torch.arange(S)[None] < torch.tensor([[S], [0]])]  # noqa: E731
+
+
+@form("key padding[b, k]", args=lengths)
+def padding_filled(q, k, v, keep):
+    return torch.softmax(hide(q, k, ~keep[:, None, None]), -1) @ v
+
+
+@form("key padding[b, k]", args=one_empty)
+def padding_filled_nothing_left(q, k, v, keep):
+    return torch.softmax(hide(q, k, ~keep[:, None, None]), -1) @ v
+
+
+@form("key padding[b, k]", args=one_empty)
+def padding_filled_finite_nothing_left(q, k, v, keep):
+    return torch.softmax(hide(q, k, ~keep[:, None, None], -1e9), -1) @ v
+
+
+@form("key padding[b, k]", args=one_empty)
+def padding_added_minimum_nothing_left(q, k, v, keep):
+    mask = torch.where(keep[:, None, None], 0.0, torch.finfo(torch.float32).min)
+    return torch.softmax((q @ k.mT * 0.25).to(wide(q)) + mask, -1).to(q.dtype) @ v
+
+
+@form("key padding[b, k]", args=one_empty)
+def padding_added_infinity_nothing_left(q, k, v, keep):
+    return torch.softmax((q @ k.mT * 0.25).to(wide(q)) + torch.where(keep[:, None, None], 0.0, INF), -1).to(q.dtype) @ v
+
+
+@form("key padding[b, k] & bias", args=one_empty)
+def padding_added_bert_nothing_left(q, k, v, keep):
+    mask = (1.0 - keep[:, None, None].to(wide(q))) * -10000.0
+    return torch.softmax((q @ k.mT * 0.25).to(wide(q)) + mask, -1).to(q.dtype) @ v
+
+
+@form("causal & key padding[b, k]", args=lengths)
+def causal_and_padding(q, k, v, keep):
+    n = q.shape[-2]
+    causal = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
+    return torch.softmax(hide(q, k, ~(causal & keep[:, None, None])), -1) @ v
+
+
+@form("causal & key padding[b, k]", args=one_empty, grads=False)
+def causal_filled_then_padding_added(q, k, v, keep):
+    # Two kinds of mask: rows that both empty hold a mixture, which only the user's own sum describes.
+    n = q.shape[-2]
+    low = torch.finfo(torch.float32).min
+    s = hide(q, k, torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1), low).to(wide(q))
+    return torch.softmax(s + torch.where(keep[:, None, None], 0.0, low), -1).to(q.dtype) @ v
+
+
+@form("bias", args=lambda: [*qkv(), torch.randn(1, H, S, S)])
+def bias_added(q, k, v, bias):
+    return torch.softmax(q @ k.mT * 0.25 + bias, -1) @ v
+
+
+@form("bias", args=lambda: [*qkv(), torch.randn(H, S, S)])
+def bias_added_first(q, k, v, bias):
+    return torch.softmax(bias + q @ k.mT * 0.25, -1) @ v
+
+
+@form("bias", args=lambda: [*qkv(), torch.randn(H, S, S)])
+def bias_scaled_with_the_scores(q, k, v, bias):
+    return torch.softmax((q @ k.mT + bias) / 4, -1) @ v
+
+
+@form("bias", args=lambda: [*qkv(), torch.randn(S)])
+def bias_of_one_dimension(q, k, v, bias):
+    return torch.softmax(q @ k.mT * 0.25 + bias, -1) @ v
+
+
+@form("causal & bias", args=lambda: [*qkv(), torch.randn(1, H, S, S)])
+def bias_and_causal(q, k, v, bias):
+    n = q.shape[-2]
+    causal = torch.triu(torch.full((n, n), INF, device=q.device, dtype=q.dtype), 1)
+    return torch.softmax(q @ k.mT * 0.25 + (bias + causal), -1) @ v
+
+
+@form("bias", args=lambda: [*qkv(), torch.where(torch.rand(B, 1, S, S) > 0.5, 0.0, INF)])
+def bias_that_empties_rows(q, k, v, bias):
+    bias = torch.cat([torch.full_like(bias[:, :, :2], INF), bias[:, :, 2:]], 2)
+    return torch.softmax(q @ k.mT * 0.25 + bias, -1) @ v
+
+
+@form("key padding[b, k]", args=lambda: [*qkv(), torch.arange(S)[None] < torch.tensor([[S], [5]])])
+def bmm_with_a_four_dimensional_mask(q, k, v, keep):
+    flat = [x.reshape(B * H, x.shape[2], x.shape[3]) for x in (q, k, v)]
+    s = torch.bmm(flat[0], flat[1].transpose(1, 2)).view(B, H, q.shape[2], k.shape[2])
+    s = s.masked_fill(~keep[:, None, None], INF).view(B * H, q.shape[2], k.shape[2])
+    return torch.bmm(s.softmax(-1), flat[2]).view(B, H, q.shape[2], -1)
+
+
+# ------------------------------------------------------------------------------------------- the call
+
+
+@form("full")
+def sdpa(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+@form("causal")
+def sdpa_causal_scaled(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
+
+
+@form("causal")
+def sdpa_causal_mask(q, k, v):
+    n = q.shape[-2]
+    return F.scaled_dot_product_attention(q, k, v, torch.ones(n, n, dtype=torch.bool, device=q.device).tril())
+
+
+@form("mask[b, k, q]", args=lambda: [*qkv(), torch.rand(B, 1, S, S) > 0.3])
+def sdpa_bool_mask(q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@form("bias", args=lambda: [*qkv(), torch.randn(B, H, S, S)])
+def sdpa_float_mask(q, k, v, mask):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@form("key padding[b, k]", args=one_empty)
+def sdpa_empty_rows(q, k, v, keep):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=keep[:, None, None])
+
+
+@form("causal", args=gqa)
+def sdpa_grouped(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+@form("full", args=gqa)
+def sdpa_repeated(q, k, v):
+    return F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
+
+
+@form("full", args=lambda: [torch.randn(B, S, D) for _ in range(3)])
+def sdpa_three_dimensions(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+# ------------------------------------------------------------------------------------------- to be left alone
+
+
+@form(reason=Reason.SOFTMAX_DIM)
+def softmax_over_queries(q, k, v):
+    return torch.softmax(q @ k.mT * 0.25, -2) @ v
+
+
+@form(reason=Reason.SOFTMAX_DIM)
+def softmax_over_heads(q, k, v):
+    return torch.softmax(q @ k.mT * 0.25, 1) @ v
+
+
+@form(reason=Reason.WEIGHTS_USED)
+def weights_returned(q, k, v):
+    p = torch.softmax(q @ k.mT * 0.25, -1)
+    return p @ v, p
+
+
+@form(reason=Reason.SCORES_USED)
+def scores_returned(q, k, v):
+    s = q @ k.mT * 0.25
+    return s.softmax(-1) @ v, s
+
+
+@form(reason=Reason.SCORE_OP)
+def hook_on_scores(q, k, v):
+    s = q @ k.mT * 0.25
+    if s.requires_grad:
+        s.register_hook(lambda g: g * 2)
+    return s.softmax(-1) @ v
+
+
+@form(reason=Reason.SCORE_OP)
+def detached_scores(q, k, v):
+    return (q @ k.mT * 0.25).detach().softmax(-1) @ v
+
+
+@form(reason=Reason.SCORE_OP)
+def softcap(q, k, v):
+    return (torch.tanh(q @ k.mT * 0.25 / 30) * 30).softmax(-1) @ v
+
+
+@form(reason=Reason.WEIGHTS_OP, args=lambda: [*qkv(), torch.rand(H, 1, 1)])
+def head_mask(q, k, v, m):
+    return (torch.softmax(q @ k.mT * 0.25, -1) * m) @ v
+
+
+@form(reason=Reason.TENSOR_SCALE, args=lambda: [*qkv(), torch.tensor(0.3)])
+def tensor_scale(q, k, v, scale):
+    return torch.softmax(q @ k.mT * scale, -1) @ v
+
+
+@form(reason=Reason.FILL_VALUE, args=lengths)
+def small_fill(q, k, v, keep):
+    return torch.softmax(hide(q, k, ~keep[:, None, None], -10.0), -1) @ v
+
+
+@form(reason=Reason.DTYPE)
+def double_softmax(q, k, v):
+    return torch.softmax((q.double() @ k.double().mT) * 0.25, -1) @ v.double()
