@@ -128,12 +128,12 @@ class StockFusionShield(CustomGraphPass):
     completely), so what our matcher has refused must not fall to them. Being the value of ``joint_custom_pre_pass``
     while a graph is compiled is what disables them, and this pass's ``uuid`` makes that part of the key of Inductor's
     and AOTAutograd's caches, together with everything else that a compiled artefact depends on and the graph does not
-    show: our sources and our settings.
+    show: our sources, our settings, and which SDPA backends are switched on (chosen among while tracing).
     """
 
     def __init__(self, users: tuple[Callable[..., Any], ...]) -> None:
         self.users = users
-        self.key = (__version__, _source_hash(), compat.settings_key(config))
+        self.key = (__version__, _source_hash(), compat.settings_key(config), _sdpa_backends())
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         compat.silence_stock_attention(_shield_is_up)
@@ -158,6 +158,16 @@ def _shielded(patches: dict[str, Any]) -> dict[str, Any]:
         return patches
     users = current if isinstance(current, (list, tuple)) else [] if current is None else [current]
     return {**patches, name: StockFusionShield(tuple(users))}
+
+
+def _sdpa_backends() -> tuple[bool, ...]:
+    cuda = torch.backends.cuda
+    return (
+        cuda.cudnn_sdp_enabled(),
+        cuda.flash_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+    )
 
 
 def _sources() -> list[Path]:

@@ -243,7 +243,8 @@ def test_exported_programs_are_rewritten_once(switched_off, tmp_path):
         program = torch.export.export(block, inputs)
         with enabled():
             path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-        assert len(reports().graphs) <= 1
+    assert sites() == [("fused", "sdpa")]
+    with torch.no_grad():
         torch.testing.assert_close(torch._inductor.aoti_load_package(path)(*inputs), attend(*inputs))
 
 
@@ -332,6 +333,15 @@ def test_our_sources_are_part_of_the_key(monkeypatch):
     assert cache_events(attend, *inputs, backend="fa3_inductor") == MISS
     monkeypatch.setattr(module, "_source_hash", lambda: "another version")
     assert cache_events(attend, *inputs, backend="fa3_inductor") == MISS
+
+
+def test_sdpa_backends_are_part_of_the_key():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    inputs = qkv()
+    assert cache_events(attend, *inputs, backend="fa3_inductor") == MISS
+    with sdpa_kernel(SDPBackend.MATH):
+        assert cache_events(attend, *inputs, backend="fa3_inductor") == MISS
 
 
 def test_source_hash_covers_all_three_folders(root):

@@ -1,6 +1,7 @@
 """The package as it is installed: what lands where, that every way of having it imports, and what that costs."""
 
 import importlib.metadata
+import re
 
 import pytest
 
@@ -109,3 +110,17 @@ def test_any_module_can_be_imported_first(installed, python, first):
 def test_torch_logs_knows_the_package(installed, python):
     code = "import logging, torch; print(logging.getLogger('fa3_inductor.report').getEffectiveLevel())"
     assert python(code, installed, TORCH_LOGS="+fa3_inductor") == str(10)
+
+
+def test_readme_example_prints_what_the_readme_says(root, source, python, tmp_path):
+    readme = (root / "README.md").read_text()
+    code, output = re.search(r"this file\n\n```python\n(.*?)```\n\nprints\n\n```text\n(.*?)```", readme, re.S).groups()
+    (tmp_path / "model.py").write_text(code)
+    assert python("import model", source) == output.strip()
+
+
+def test_ci_runs_the_readmes_commands(root):
+    readme, ci = (root / "README.md").read_text(), (root / ".ci" / "run").read_text()
+    install, example = re.search(r"```sh\npip install (.*?) && (.*?)\n```", readme).groups()
+    assert f"pip install --quiet --editable {install.removeprefix('-e ')}\n" in ci and example in ci
+    assert "\npython -m pytest\n" in readme
