@@ -32,13 +32,13 @@ torch.library.define(
 
 @torch.library.impl("fa3::attention", "default")
 def _attention(q, k, v, bias, mask, scale, window_left, window_right, target):
-    _check(q, k, v, bias, mask, target)
     if target == "hopper" and q.is_cuda:
         from fa3_inductor.kernels.forward import attention_forward
 
         if bias is not None or mask is not None or window_left is not None:
             raise ValueError("fa3::attention: the Hopper kernel takes no bias, mask or window_left")
         return attention_forward(q, k, v, scale=scale, window_right=window_right)
+    _check(q, k, v, bias, mask, target)
     out, lse = attention_reference(q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right)
     return output_like(q, v.shape[-1]).copy_(out), lse
 

@@ -42,52 +42,55 @@ class Tile:
     persistent: bool  # one CTA per SM, which loops over tiles, rather than one CTA per tile
 
 
-# By (head_dim, causal).
+# By (head_dim, causal). Measured on an H200 with 16384 tokens of width 2048: at D 64, full, 4096, three consumers in
+# turns give 494 TFLOP/s, without turns 461, and two consumers 433. At D 128, full, turns give 558 against 517 at 1024
+# and 634 against 642 at 16384; with a causal mask they change nothing.
 TILES = {
     (64, False): Tile(128, 3, 2, 160, 32, ping_pong=True, persistent=True),
     (64, True): Tile(128, 3, 2, 160, 32, ping_pong=True, persistent=True),
-    (128, False): Tile(128, 2, 2, 240, 24, ping_pong=False, persistent=True),
+    (128, False): Tile(128, 2, 2, 240, 24, ping_pong=True, persistent=True),
     (128, True): Tile(128, 2, 2, 240, 24, ping_pong=False, persistent=True),
 }
+# Up to SHORT query rows the diagonal cuts off too much of a tile of 192: 311 against 266 TFLOP/s at 1024.
+SHORT = 1024
+SHORT_TILES = {(64, True): Tile(128, 2, 2, 240, 24, ping_pong=False, persistent=True)}
 
 
 @gluon.jit
-def _steps(tiles, section):
+def _steps(tiles, paired):
     """How many tiles `_locate` has for this CTA."""
-    unit = 1 + (section == 0).to(gl.int32)
+    unit = 1 + paired
     return unit * ((tiles // unit - 1 - gl.program_id(0)) // gl.num_programs(0) + 1)
 
 
 @gluon.jit
-def _locate(step, m_tiles, heads, section, CAUSAL: gl.constexpr):
+def _locate(step, m_tiles, heads, section, paired, CAUSAL: gl.constexpr):
     """The row tile, and the head counted over all batches, of this CTA's tile number `step`.
 
     Without a mask: the row tiles of a head are neighbours in time, so that its keys and values stay in the L2 cache.
-    Causal, `section` 0: so are they, but in pairs of a long and a short one, which makes every CTA's share equal.
-    Causal, `section` > 0: the longest row tiles first, over so many heads at a time. Good for one tile per CTA, whose
-    order is the hardware's to keep.
+    Causal, the tiles of `section` heads belong together, and are in the order of their length. If `paired`, the longest
+    and the shortest make a pair, then the next longest and the next shortest: every CTA's share is the same. If not,
+    the longest go first: right for one tile per CTA, where the hardware hands out tiles as SMs come free.
     """
-    cta = gl.program_id(0)
-    ctas = gl.num_programs(0)
+    number = step * gl.num_programs(0) + gl.program_id(0)
     if CAUSAL:
-        if section == 0:
-            unit = (step // 2) * ctas + cta
-            pairs = m_tiles // 2
-            head = unit // pairs
-            m_tile = unit % pairs
+        if paired:
+            number = step // 2 * gl.num_programs(0) + gl.program_id(0)
+            pairs = section * m_tiles // 2
+            first = number // pairs * section
+            width = section
+            place = number % pairs
             if step % 2 == 0:
-                m_tile = m_tiles - 1 - m_tile
+                place = 2 * pairs - 1 - place
         else:
-            tile = step * ctas + cta
-            first = tile // (section * m_tiles) * section
+            first = number // (section * m_tiles) * section
             width = gl.minimum(section, heads - first)
-            within = tile - first * m_tiles
-            head = first + within % width
-            m_tile = m_tiles - 1 - within // width
+            place = width * m_tiles - 1 - (number - first * m_tiles)
+        m_tile = place // width
+        head = first + place % width
     else:
-        tile = step * ctas + cta
-        head = tile // m_tiles
-        m_tile = tile % m_tiles
+        m_tile = number % m_tiles
+        head = number // m_tiles
     return m_tile, head
 
 
@@ -113,12 +116,12 @@ def _load_kv(desc, batch, head, row, it, full, empty, smem, STAGES: gl.constexpr
 def _produce(args, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, CAUSAL: gl.constexpr):
     """The producer warp. Values lag keys by one tile, as their use does."""
     q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = args[:12]
-    tiles, m_tiles, heads, q_heads, group, section, seqlen_q, seqlen_k, shift = args[12:]
+    tiles, m_tiles, heads, q_heads, group, section, paired, seqlen_q, seqlen_k, shift = args[12:]
     ROWS: gl.constexpr = q_desc.block_type.shape[2]
     TILE_M: gl.constexpr = CONSUMERS * ROWS
     it = 0
-    for step in range(_steps(tiles, section)):
-        m_tile, flat = _locate(step, m_tiles, heads, section, CAUSAL)
+    for step in range(_steps(tiles, paired)):
+        m_tile, flat = _locate(step, m_tiles, heads, section, paired, CAUSAL)
         batch = flat // q_heads
         head = flat % q_heads
         kv_head = head // group
@@ -251,7 +254,7 @@ def _consume(
 ):  # fmt: skip
     """Consumer warp group number WG: its ROWS rows of every tile."""
     o_desc, lse_ptr, q_smem, o_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = args[:13]
-    tiles, m_tiles, heads, q_heads, section, seqlen_q, seqlen_k, shift, scale = args[13:]
+    tiles, m_tiles, heads, q_heads, section, paired, seqlen_q, seqlen_k, shift, scale = args[13:]
     ROWS: gl.constexpr = o_desc.block_type.shape[2]
     D: gl.constexpr = o_desc.block_type.shape[3]
     dtype: gl.constexpr = o_desc.dtype
@@ -262,8 +265,8 @@ def _consume(
     q = q_smem.index(WG).reshape([ROWS, D])
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
     it = 0
-    for step in range(_steps(tiles, section)):
-        m_tile, flat = _locate(step, m_tiles, heads, section, CAUSAL)
+    for step in range(_steps(tiles, paired)):
+        m_tile, flat = _locate(step, m_tiles, heads, section, paired, CAUSAL)
         row0 = m_tile * TILE_M + WG * ROWS
         rows = row0 + gl.arange(0, ROWS, rows_layout)
         limit = gl.full([ROWS], 0, gl.int32, rows_layout) + seqlen_k
@@ -345,11 +348,22 @@ def _ring(STAGES: gl.constexpr, READERS: gl.constexpr):
 
 
 @gluon.jit(
-    do_not_specialize=["tiles", "m_tiles", "heads", "q_heads", "group", "section", "seqlen_q", "seqlen_k", "shift"]
+    do_not_specialize=[
+        "tiles",
+        "m_tiles",
+        "heads",
+        "q_heads",
+        "group",
+        "section",
+        "paired",
+        "seqlen_q",
+        "seqlen_k",
+        "shift",
+    ]
 )
 def _forward(
     q_desc, k_desc, v_desc, o_desc, lse_ptr,
-    tiles, m_tiles, heads, q_heads, group, section, seqlen_q, seqlen_k, shift, scale,
+    tiles, m_tiles, heads, q_heads, group, section, paired, seqlen_q, seqlen_k, shift, scale,
     CAUSAL: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
@@ -371,11 +385,11 @@ def _forward(
 
     produce = (
         q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-        tiles, m_tiles, heads, q_heads, group, section, seqlen_q, seqlen_k, shift,
+        tiles, m_tiles, heads, q_heads, group, section, paired, seqlen_q, seqlen_k, shift,
     )  # fmt: skip
     consume = (
         o_desc, lse_ptr, q_smem, o_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn,
-        tiles, m_tiles, heads, q_heads, section, seqlen_q, seqlen_k, shift, scale,
+        tiles, m_tiles, heads, q_heads, section, paired, seqlen_q, seqlen_k, shift, scale,
     )  # fmt: skip
     if CONSUMERS == 2:
         gl.warp_specialize(
@@ -402,7 +416,7 @@ def _forward(
 
 _LOG2E = math.log2(math.e)
 _GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-_SECTION_BYTES = 16 << 20  # of keys and values; 8 to 32 MB measured alike on an H200, of whose L2 cache they are a part
+_SECTION_BYTES = 32 << 20  # of the keys and values of a section of heads: to stay in an L2 cache of 50 MB
 _compiled: dict = {}
 
 
@@ -451,10 +465,13 @@ def attention_forward(
     of 16 bytes, or which is expanded, is copied first.
 
     Raises:
-        ValueError: with the sentence of `supports`.
+        ValueError: with the sentence of `supports`, or if the operands do not fit together.
     """
     if problem := supports(q.shape, k.shape, v.shape, q.dtype, None, window_right, scale=scale):
         raise ValueError(f"attention_forward: {problem}")
+    if q.shape[0] != k.shape[0] or k.shape != v.shape or not q.dtype == k.dtype == v.dtype:
+        shapes = ", ".join(f"{name} {list(x.shape)} {x.dtype}" for name, x in zip("qkv", (q, k, v)))
+        raise ValueError(f"attention_forward: the operands do not fit together: {shapes}")
     out = output_like(q, q.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel():
@@ -467,7 +484,7 @@ def launch(grid: tuple[int, int, int], args: tuple) -> None:
     """Runs the kernel on what `launch_arguments` returned, on the current device and stream."""
     # Triton's own look-up of a compiled kernel inspects every argument on every call.
     k_desc = args[1]
-    key = (torch.cuda.current_device(), k_desc.base.dtype, k_desc.block_shape[2], k_desc.block_shape[3], *args[15:])
+    key = (torch.cuda.current_device(), k_desc.base.dtype, k_desc.block_shape[2], k_desc.block_shape[3], *args[16:])
     if kernel := _compiled.get(key):
         kernel[grid](*args)
     else:
@@ -482,48 +499,67 @@ def launch_arguments(
     batch, q_heads, seqlen_q, head_dim = q.shape
     kv_heads, seqlen_k = k.shape[1:3]
     causal = window_right is not None and window_right < seqlen_k - 1
-    tile = tile or TILES[head_dim, causal]
-    sm_count = sm_count or _sm_count(q.device)
+    tile = tile or tile_for(head_dim, causal, seqlen_q)
     heads = batch * q_heads
     m_tiles = -(-seqlen_q // (tile.consumers * ROWS))
-    section = 1
     ctas = heads * m_tiles
-    if causal:
-        pairs = heads * ((m_tiles + 1) // 2)
-        if tile.persistent and m_tiles > 1 and pairs > 0.9 * (pairs + -pairs % sm_count):
-            section = 0
-            m_tiles += m_tiles % 2
-            ctas = min(pairs, sm_count)
-        else:  # in pairs, more than a tenth of the SMs' time would go by idly in the last round
-            kv_bytes = 2 * seqlen_k * head_dim * k.element_size()
-            section = min(heads, max(1, _SECTION_BYTES // kv_bytes) * (q_heads // kv_heads))
-    elif tile.persistent:
-        ctas = min(ctas, sm_count)
+    section, paired = 1, False
+    if tile.persistent:
+        sm_count = sm_count or _sm_count(q.device)
+        if causal:
+            # An odd number of tiles is paired over two heads. One tile per CTA instead of pairs, if there is an odd one
+            # out or more than a tenth of the SMs' time would be idle in the last round.
+            section = 1 + m_tiles % 2
+            pairs = ctas // 2
+            paired = heads % section == 0 and pairs > 0.9 * (pairs + -pairs % sm_count)
+            ctas = min(pairs, sm_count) if paired else ctas
+        else:
+            ctas = min(ctas, sm_count)
+    if causal and not paired:
+        sections = -(-batch * kv_heads * 2 * seqlen_k * head_dim * k.element_size() // _SECTION_BYTES)
+        section = -(-heads // sections)
     shift = max(window_right, -seqlen_q) if causal else 0
-    q, k, v = (_addressable(x) for x in (q, k, v))
     return (ctas, 1, 1), (
-        _descriptor(q, ROWS), _descriptor(k, tile.block_n), _descriptor(v, tile.block_n), _descriptor(out, ROWS), lse,
-        heads * m_tiles, m_tiles, heads, q_heads, q_heads // kv_heads, section, seqlen_q, seqlen_k, shift,
+        _descriptor(_addressable(q), ROWS), _descriptor(_addressable(k), tile.block_n),
+        _descriptor(_addressable(v), tile.block_n), _descriptor(out, ROWS), lse,
+        heads * m_tiles, m_tiles, heads, q_heads, q_heads // kv_heads, section, int(paired), seqlen_q, seqlen_k, shift,
         scale * _LOG2E, causal, tile.consumers, tile.stages, tile.ping_pong, tile.consumer_regs, tile.producer_regs,
     )  # fmt: skip
 
 
+def tile_for(head_dim: int, causal: bool, seqlen_q: int) -> Tile:
+    """The table's configuration for a problem."""
+    if seqlen_q <= SHORT and (head_dim, causal) in SHORT_TILES:
+        return SHORT_TILES[head_dim, causal]
+    return TILES[head_dim, causal]
+
+
 def _addressable(x: Tensor) -> Tensor:
     """x: [B, H, S, D], or a contiguous copy if TMA cannot address x."""
-    unit = 16 // x.element_size()
-    free = [stride for size, stride in zip(x.shape[:3], x.stride()) if size > 1]
-    if x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(stride and stride % unit == 0 for stride in free):
+    batch, heads, seqlen, _ = x.shape
+    by_batch, by_head, by_row, unit = x.stride()
+    mask = 16 // x.element_size() - 1
+    if (
+        unit == 1
+        and not x.data_ptr() & 15
+        and (batch == 1 or (by_batch and not by_batch & mask))
+        and (heads == 1 or (by_head and not by_head & mask))
+        and (seqlen == 1 or (by_row and not by_row & mask))
+    ):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     """A TMA descriptor of x: [B, H, S, D], in blocks of `rows` rows."""
-    head_dim = x.shape[3]
+    batch, heads, seqlen, head_dim = x.shape
+    by_batch, by_head, by_row, _ = x.stride()
     # The stride of a dimension of size 1 may be anything in torch, but not in a descriptor.
-    strides = [stride if size > 1 else head_dim for size, stride in zip(x.shape[:3], x.stride())]
+    strides = [
+        by_batch if batch > 1 else head_dim, by_head if heads > 1 else head_dim, by_row if seqlen > 1 else head_dim, 1
+    ]  # fmt: skip
     layout = _shared_layout(rows, head_dim, x.dtype)
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, head_dim], layout)
+    return TensorDescriptor(x, [batch, heads, seqlen, head_dim], strides, [1, 1, rows, head_dim], layout)
 
 
 @functools.cache

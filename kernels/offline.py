@@ -92,12 +92,12 @@ class Case:
     register_budget: set[int]
 
 
-def forward_case(head_dim: int, causal: bool, dtype: torch.dtype) -> Case:
+def forward_case(head_dim: int, causal: bool, tile, dtype: torch.dtype) -> Case:
+    """The case of one row of the forward kernel's tile tables."""
     from fa3_inductor.kernels import forward
 
     q, k = (torch.empty(2, heads, 4096, head_dim, dtype=dtype, device="meta") for heads in (8, 2))
     lse = torch.empty(q.shape[:3], device="meta")
-    tile = forward.TILES[head_dim, causal]
     _, args = forward.launch_arguments(q, k, k, q, lse, 0.1, 0 if causal else None, tile, sm_count=132)
     return Case(forward._forward, args, {"num_warps": 4}, {tile.consumer_regs, tile.producer_regs})
 
@@ -107,11 +107,12 @@ def cases() -> dict[str, functools.partial]:
     from fa3_inductor.kernels import forward
 
     return {
-        f"forward-d{head_dim}-{'causal' if causal else 'full'}-{str(dtype).removeprefix('torch.')}": functools.partial(
-            forward_case, head_dim, causal, dtype
+        f"forward-d{head_dim}-{'causal' if causal else 'full'}{kind}-{name}": functools.partial(
+            forward_case, head_dim, causal, tile, dtype
         )
-        for head_dim, causal in forward.TILES
-        for dtype in (torch.bfloat16, torch.float16)
+        for kind, table in (("", forward.TILES), ("-short", forward.SHORT_TILES))
+        for (head_dim, causal), tile in table.items()
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))
     }
 
 
