@@ -520,8 +520,8 @@ def launch_arguments(
         section = -(-heads // sections)
     shift = max(window_right, -seqlen_q) if causal else 0
     return (ctas, 1, 1), (
-        _descriptor(_addressable(q), ROWS), _descriptor(_addressable(k), tile.block_n),
-        _descriptor(_addressable(v), tile.block_n), _descriptor(out, ROWS), lse,
+        _descriptor(addressable(q), ROWS), _descriptor(addressable(k), tile.block_n),
+        _descriptor(addressable(v), tile.block_n), _descriptor(out, ROWS), lse,
         heads * m_tiles, m_tiles, heads, q_heads, q_heads // kv_heads, section, int(paired), seqlen_q, seqlen_k, shift,
         scale * _LOG2E, causal, tile.consumers, tile.stages, tile.ping_pong, tile.consumer_regs, tile.producer_regs,
     )  # fmt: skip
@@ -534,7 +534,7 @@ def tile_for(head_dim: int, causal: bool, seqlen_q: int) -> Tile:
     return TILES[head_dim, causal]
 
 
-def _addressable(x: Tensor) -> Tensor:
+def addressable(x: Tensor) -> Tensor:
     """x: [B, H, S, D], or a contiguous copy if TMA cannot address x."""
     batch, heads, seqlen, _ = x.shape
     by_batch, by_head, by_row, unit = x.stride()

@@ -141,7 +141,7 @@ LAYOUTS = {  # what it is, and whether TMA can address it as it lies
 def test_copies_only_what_tma_cannot_address(name):
     make, addressable = LAYOUTS[name]
     x = make()
-    got = forward._addressable(x)
+    got = forward.addressable(x)
     assert (got is x) == addressable
     assert got.shape == x.shape and got.stride(3) == 1 and got.data_ptr() % 16 == 0
     forward._descriptor(got, 64)  # asserts what TMA asks for
