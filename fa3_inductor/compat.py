@@ -1,5 +1,4 @@
-"""The private parts of torch that the package's front end stands on, one function each, with the versions it was read
-in.
+"""The private parts of torch that the package stands on, one function each, with the versions it was read in.
 
 Nothing of torch is imported before a function is called: :func:`hook_compile_fx` runs while torch itself is being
 imported.
@@ -7,6 +6,7 @@ imported.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.abc
 import importlib.util
@@ -160,8 +160,6 @@ def _warn_not_silenced() -> None:
 
 def fake_mode_of(gm: Any) -> Any:
     """The fake tensor mode of a Dynamo graph's example values; a context that does nothing where there is none."""
-    import contextlib
-
     from torch._dynamo.utils import detect_fake_mode
 
     values = [n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder")]
@@ -178,8 +176,8 @@ def real_tensors() -> Any:
 def guardable_tensor(placeholder: Any) -> Any:
     """The real tensor behind a Dynamo graph input, if a guard can watch it; else None.
 
-    Only what the model owns (parameters and buffers, which Dynamo reaches through a module) and globals are considered: a
-    plain argument changes from call to call, and a graph that is exported has nobody to check a guard.
+    Only what the model owns (parameters and buffers, which Dynamo reaches through a module) and globals are
+    considered: a plain argument changes from call to call, and a graph that is exported has nobody to check a guard.
     """
     import torch
     from torch._guards import GuardSource, TracingContext
@@ -202,8 +200,6 @@ def guard_unchanged(placeholder: Any) -> None:
 
     Dynamo builds its guards from the tracing context after the backend returns (torch 2.11 to 2.15).
     """
-    import functools
-
     from torch._guards import Guard, TracingContext
 
     argument = placeholder.meta["grapharg"]
