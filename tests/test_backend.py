@@ -182,6 +182,12 @@ def test_enabled_is_scoped():
     assert sites() == [("fused", "sdpa")]
 
 
+def test_both_ways_in_at_once_rewrite_once():
+    with enabled():
+        torch.compile(attend, backend="fa3_inductor")(*qkv())
+    assert sites() == [("fused", "sdpa")]
+
+
 def test_enable_holds_for_other_threads(switched_off):
     def compile_it():
         torch.compile(attend)(*qkv())
