@@ -101,6 +101,31 @@ def test_writes_all_of_the_output_and_nothing_else(head_dim, right):
     assert not out.isnan().any() and (wide[:, :, 1000:] == 7.0).all()
 
 
+SCHEDULES = {  # heads, seqlen, head_dim, right -> section, paired, as for the 132 SMs of an H100 SXM or H200
+    "pairs in a head": (64, 1024, 128, 0, 1, 1),
+    "pairs over two heads": (74, 1300, 64, 0, 2, 1),
+    "pairs of short tiles": (66, 500, 64, 0, 1, 1),
+    "longest first": (7, 700, 128, 0, 7, 0),
+    "longest first in sections": (21, 10000, 64, 0, 11, 0),
+    "full": (70, 700, 64, None, 1, 0),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules(name):
+    heads, seqlen, head_dim, right, section, paired = SCHEDULES[name]
+    q, k, v = (torch.randn(1, heads, seqlen, head_dim, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
+    out, lse = torch.full_like(q, math.nan), torch.full((1, heads, seqlen), math.nan, device="cuda")
+    grid, args = forward.launch_arguments(q, k, v, out, lse, 0.1, right, sm_count=132)
+    assert args[10:12] == (section, paired)
+    forward.launch(grid, args)
+    for part in torch.arange(heads).split(4):  # float64 scores of a few heads at a time
+        part_of = [x[:, part] for x in (q, k, v)]
+        exact, exact_lse = attention_reference(*(x.double() for x in part_of), scale=0.1, window_right=right)
+        assert_as_good(out[:, part], eager(*part_of, 0.1, right), exact)
+        torch.testing.assert_close(lse[:, part].double(), exact_lse, rtol=1e-5, atol=1e-4)
+
+
 def test_rows_that_see_no_key():
     q, k, v = (torch.randn(1, 2, 300, 64, device="cuda", dtype=torch.float16) for _ in "qkv")
     out, lse = attention_forward(q, k, v, scale=0.1, window_right=-77)
