@@ -81,11 +81,12 @@ def installed_editable(source, tmp_path_factory):
 
 @pytest.fixture
 def python(tmp_path):
-    """``python(code, path, **env)`` runs code in a fresh interpreter outside the checkout; returns what it printed."""
+    """``python(code, path, *flags, **env)`` runs code in a fresh interpreter outside the checkout; returns what it
+    printed."""
 
-    def run(code, path, **env):
+    def run(code, path, *flags, **env):
         done = subprocess.run(
-            [sys.executable, "-c", code],
+            [sys.executable, *flags, "-c", code],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(path), **env},
             capture_output=True,
