@@ -7,6 +7,7 @@ Dynamo graph exactly where it still holds.
 """
 
 import dataclasses
+import functools
 import operator
 import time
 from typing import Any
@@ -75,8 +76,9 @@ class Capture:
 class _Recorder(torch.fx.Interpreter):
     """Runs the Dynamo graph under capture and notes which traced node every value is."""
 
-    def __init__(self, module: GraphModule) -> None:
+    def __init__(self, module: GraphModule, attributes: list[str]) -> None:
         super().__init__(module, garbage_collect_values=False)
+        self._attributes = dict.fromkeys(attributes)
         self.history: dict[Node, list[tuple[int, Any]]] = {}
         self.origins: dict[Node, Node] = {}
         self.current: Node | None = None
@@ -84,13 +86,20 @@ class _Recorder(torch.fx.Interpreter):
         self._graph_length = 0
         self._step = -1
 
+    def run_with_attributes(self, *args: Any) -> Any:
+        """Run with the values of the module's own tensors after those of the graph inputs."""
+        count = len(args) - len(self._attributes)
+        self._attributes = dict(zip(self._attributes, args[count:], strict=True))
+        return self.run(*args[:count])
+
+    def get_attr(self, target: str, args: tuple, kwargs: dict) -> Any:
+        return self._attributes[target] if target in self._attributes else super().get_attr(target, args, kwargs)
+
     def run_node(self, n: Node) -> Any:
         self._step += 1
         self.current = n
         result = super().run_node(n)
         tracer = tracing.current_tracer()
-        if tracer is None:  # the shape-propagating pass that comes before the traced one
-            return result
         if n.op != "output":
             value = _traced(result, tracer)
             if value is not None:
@@ -185,19 +194,6 @@ def may_write(node: Node) -> bool:
     return "inplace" in parameters and any(arg is True for arg in node.args)
 
 
-class _Wrapped(torch.nn.Module):
-    """What is traced: runs the recorder instead of the graph's generated code."""
-
-    def __init__(self, module: GraphModule) -> None:
-        super().__init__()
-        self.module = module
-        self.recorder = _Recorder(module)
-
-    def forward(self, *args: Any) -> Any:
-        self.recorder = _Recorder(self.module)
-        return self.recorder.run(*args)
-
-
 def capture(gm: GraphModule) -> Capture:
     """Capture ``gm``, whose placeholders carry fake tensors in ``meta["example_value"]`` as Dynamo leaves them.
 
@@ -205,30 +201,41 @@ def capture(gm: GraphModule) -> Capture:
         CaptureError: the graph holds something that cannot be traced functionally; the graph itself is untouched.
     """
     start = time.perf_counter()
-    wrapped = _Wrapped(gm)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    inputs = _fake_inputs(placeholders)
+    attributes = _tensor_attributes(gm)
+    inputs += [tracing.as_fake(_attribute(gm, name), inputs) for name in attributes]
+    recorder = _Recorder(gm, attributes)
     try:
-        view = tracing.export_before_autograd(wrapped, _fake_inputs(gm))
+        view = tracing.trace_before_autograd(recorder.run_with_attributes, inputs)
     except Exception as error:
-        at = wrapped.recorder.current
+        at = recorder.current
         where = f" at '{at.name}' ({at.target})" if at is not None else ""
         message = str(error).strip().partition("\n")[0]
         raise CaptureError(f"{type(error).__name__}{where}: {message}") from error
-    recorder = wrapped.recorder
     for node in view.graph.nodes:
         if node in recorder.origins:
             node.meta["fa3_origin"] = recorder.origins[node]
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    lifted = view.graph.find_nodes(op="placeholder")  # parameters of gm itself come first
-    inputs = dict(zip(lifted[len(lifted) - len(placeholders) :], placeholders, strict=True))
+    captured_inputs = dict(zip(view.graph.find_nodes(op="placeholder"), placeholders, strict=False))
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
-    return Capture(gm, view, time.perf_counter() - start, inputs, recorder.history, order)
+    return Capture(gm, view, time.perf_counter() - start, captured_inputs, recorder.history, order)
 
 
-def _fake_inputs(gm: GraphModule) -> list[Any]:
+def _fake_inputs(placeholders: list[Node]) -> list[Any]:
     values = []
-    for node in gm.graph.find_nodes(op="placeholder"):
+    for node in placeholders:
         value = node.meta.get("example_value", node.meta.get("val"))
         if value is None:
             raise CaptureError(f"graph input '{node.name}' has no example value")
         values.append(value)
     return values
+
+
+def _tensor_attributes(gm: GraphModule) -> list[str]:
+    """The tensors that belong to the graph module itself (parameters of an exported program, say)."""
+    names = dict.fromkeys(n.target for n in gm.graph.find_nodes(op="get_attr"))
+    return [name for name in names if isinstance(_attribute(gm, name), torch.Tensor)]
+
+
+def _attribute(gm: GraphModule, name: str) -> Any:
+    return functools.reduce(getattr, name.split("."), gm)

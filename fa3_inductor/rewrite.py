@@ -91,7 +91,7 @@ def _rewrite(gm: GraphModule, result: GraphReport) -> None:
     start = time.perf_counter()
     constants = Constants(captured)
     algebra = Algebra(Space(), constants.value)
-    splicer = Splicer(captured, tracing.fake_mode_of(gm))
+    splicer = Splicer(captured)
     spliced = False
     for found in find_attention(captured.view.graph, algebra):
         site = _try(found, captured, splicer)

@@ -5,6 +5,7 @@ Operands are taken from the Dynamo graph where it holds exactly the captured val
 stays the user's own graph, so aliasing, mutation, autocast and no_grad regions are untouched.
 """
 
+import contextlib
 import math
 import operator
 from typing import Any
@@ -13,7 +14,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from . import ops  # noqa: F401  (registers fa3::attention)
+from . import ops, tracing  # noqa: F401  (registers fa3::attention)
 from .capture import Capture, may_write
 from .patterns.layouts import packet
 from .patterns.find import SWALLOWS
@@ -28,10 +29,11 @@ aten = torch.ops.aten
 class Splicer:
     """Rewrites one graph. Every attention is spliced whole or, when that fails, not at all."""
 
-    def __init__(self, captured: Capture, mode: Any) -> None:
+    def __init__(self, captured: Capture) -> None:
         self.capture = captured
         self.graph = captured.source.graph
-        self.mode = mode  # the fake tensor mode of the graph
+        values = (n.meta.get("val") for n in captured.inputs)
+        self.mode = tracing.mode_of(values) or contextlib.nullcontext()
         self._rebuilt: dict[Node, dict[Node, Node]] = {}  # Dynamo node -> {captured node: its replacement}
         self._removed: set[Node] = set()
 

@@ -2,26 +2,39 @@
 
 import contextlib
 import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.fx.traceback
-from torch._dynamo.utils import detect_fake_mode
-from torch._functorch.aot_autograd import aot_export_module
+from torch._dispatch.python import enable_python_dispatcher
+from torch._functorch._aot_autograd.functional_utils import from_fun, to_fun
 from torch._guards import Guard, GuardSource, TracingContext, tracing
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch._subclasses.functional_tensor import FunctionalTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
+from torch.utils import _pytree as pytree
 
 
-def export_before_autograd(module: torch.nn.Module, fake_inputs: list[Any]) -> GraphModule:
-    """The functional ATen graph of ``module`` as it is before autograd (torch 2.11 to 2.15: ``aot_export_module``).
+def trace_before_autograd(run: Callable[..., Any], fake_inputs: list[Any]) -> GraphModule:
+    """The functional ATen graph of ``run(*fake_inputs)`` as it is before autograd, composite operators whole.
 
-    Traced in a tracing context of its own, so that nothing it learns reaches the compilation that is under way.
+    This is what ``aot_export_module(pre_dispatch=True)`` traces with, less the analysis of its outputs, which takes a
+    third of the time and refuses graphs that write to their inputs. ``run`` is called once, with functional tensors;
+    inputs that it writes to are returned after its own results. The trace has a tracing context of its own, so that
+    nothing it learns reaches the compilation that is under way. (torch 2.11 to 2.15)
     """
-    mode = detect_fake_mode(fake_inputs)
+
+    def functional(*args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)):
+            inputs = pytree.tree_map(to_fun, args)
+            outputs = pytree.tree_map(from_fun, run(*inputs))
+            after = [from_fun(x) for x in inputs]
+        return outputs, [new for new, old in zip(after, args, strict=True) if new is not old]
+
+    mode = mode_of(fake_inputs)
     with contextlib.ExitStack() as stack:
         if mode is not None:
             stack.enter_context(mode)
@@ -31,14 +44,22 @@ def export_before_autograd(module: torch.nn.Module, fake_inputs: list[Any]) -> G
             if mode.shape_env is not None:
                 stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
         stack.enter_context(torch.fx.traceback.preserve_node_meta())
-        view, _ = aot_export_module(module, fake_inputs, trace_joint=False, pre_dispatch=True)
+        stack.enter_context(enable_python_dispatcher())
+        stack.enter_context(FunctionalTensorMode(pre_dispatch=True, export=True, _allow_token_discovery=True))
+        view = make_fx(functional, decomposition_table={}, pre_dispatch=True, _disable_torch_fn_metadata_mode=True)(*fake_inputs)
+    view.graph.eliminate_dead_code()
     return view
 
 
+def as_fake(tensor: torch.Tensor, inputs: list[Any]) -> torch.Tensor:
+    """``tensor`` in the fake mode of ``inputs``; itself where they have none."""
+    mode = mode_of(inputs)
+    return tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
+
+
 def current_tracer() -> Any:
-    """The tracer of the proxy mode that is recording, or None (torch 2.11 to 2.15)."""
-    mode = get_proxy_mode()
-    return None if mode is None else mode.tracer
+    """The tracer of the proxy mode that is recording (torch 2.11 to 2.15)."""
+    return get_proxy_mode().tracer
 
 
 def traced_node(value: Any, tracer: Any) -> Node | None:
@@ -50,10 +71,9 @@ def traced_node(value: Any, tracer: Any) -> Node | None:
     return None if slot is None else slot.proxy.node
 
 
-def fake_mode_of(gm: GraphModule) -> Any:
-    """The fake tensor mode of a Dynamo graph's example values; a context that does nothing where there is none."""
-    values = [n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder")]
-    return detect_fake_mode(values) or contextlib.nullcontext()
+def mode_of(values: Iterable[Any]) -> FakeTensorMode | None:
+    """The fake mode that these values belong to. (Not the one of the tracing context, which has moved on by then.)"""
+    return next((x.fake_mode for x in values if isinstance(x, FakeTensor)), None)
 
 
 def real_tensors() -> Any:

@@ -381,9 +381,9 @@ def causal_and_padding(q, k, v, keep):
 def causal_filled_then_padding_added(q, k, v, keep):
     # Two kinds of mask: rows that both empty hold a mixture, which only the user's own sum describes.
     n = q.shape[-2]
-    low = torch.finfo(torch.float32).min
-    s = hide(q, k, torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1), low).to(wide(q))
-    return torch.softmax(s + torch.where(keep[:, None, None], 0.0, low), -1).to(q.dtype) @ v
+    low = torch.finfo(q.dtype).min
+    s = hide(q, k, torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1), low)
+    return torch.softmax(s + torch.zeros_like(keep, dtype=q.dtype).masked_fill(~keep, low)[:, None, None], -1) @ v
 
 
 @form("bias", args=lambda: [*qkv(), torch.randn(1, H, S, S)])
