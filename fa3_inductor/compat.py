@@ -6,7 +6,6 @@ imported.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.abc
 import importlib.util
@@ -156,61 +155,3 @@ def _warn_not_silenced() -> None:
         "fa3_inductor leaves as written may still be rewritten by them",
         torch.__version__,
     )
-
-
-def fake_mode_of(gm: Any) -> Any:
-    """The fake tensor mode of a Dynamo graph's example values; a context that does nothing where there is none."""
-    from torch._dynamo.utils import detect_fake_mode
-
-    values = [n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder")]
-    return detect_fake_mode(values) or contextlib.nullcontext()
-
-
-def real_tensors() -> Any:
-    """A context in which tensors that are not fake compute for real, inside a compilation too."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    return unset_fake_temporarily()
-
-
-def guardable_tensor(placeholder: Any) -> Any:
-    """The real tensor behind a Dynamo graph input, if a guard can watch it; else None.
-
-    Only what the model owns (parameters and buffers, which Dynamo reaches through a module) and globals are
-    considered: a plain argument changes from call to call, and a graph that is exported has nobody to check a guard.
-    """
-    import torch
-    from torch._guards import GuardSource, TracingContext
-
-    argument = placeholder.meta.get("grapharg")
-    source = getattr(argument, "source", None)
-    if source is None or TracingContext.try_get() is None or torch.compiler.is_exporting():
-        return None
-    where = source.guard_source() if callable(source.guard_source) else source.guard_source  # a method up to 2.11
-    if where is not GuardSource.GLOBAL and not (where.is_unspecialized_nn_module() or where.is_specialized_nn_module()):
-        return None
-    tensor = argument.example
-    if not isinstance(tensor, torch.Tensor) or tensor.is_inference():  # inference tensors count no versions
-        return None
-    return tensor
-
-
-def guard_unchanged(placeholder: Any) -> None:
-    """Add a Dynamo guard: the graph input is the very tensor it is now, and has not been written to since.
-
-    Dynamo builds its guards from the tracing context after the backend returns (torch 2.11 to 2.15).
-    """
-    from torch._guards import Guard, TracingContext
-
-    argument = placeholder.meta["grapharg"]
-    tensor = argument.example
-    guard = Guard(argument.source, functools.partial(_install_unchanged, identity=id(tensor), version=tensor._version))
-    TracingContext.get().guards_context.dynamo_guards.add(guard)
-
-
-def _install_unchanged(builder: Any, guard: Any, identity: int, version: int) -> None:
-    def unchanged(tensor: Any) -> bool:
-        return id(tensor) == identity and tensor._version == version
-
-    text = f"the buffer {guard.name} is unchanged since its mask was proved (version {version})"
-    builder.get_guard_manager(guard).add_lambda_guard(unchanged, [text], guard.user_stack)

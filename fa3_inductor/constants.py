@@ -1,7 +1,7 @@
 """Graph inputs whose values are known when compiling: constants of the graph, and the model's buffers.
 
-A causal mask often lives in a buffer. Its data is read once, recognised exactly or not at all, and what was proved from it
-is guarded: the compiled code is used only while the buffer is the same tensor, never written to since.
+A causal mask often lives in a buffer. Its data is read once, recognised exactly or not at all, and what was proved from
+it is guarded: the compiled code is used only while the buffer is the same tensor, never written to since.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class Constants:
 
     def __init__(self, captured: Capture) -> None:
         self._capture = captured
-        self._forms: dict[Node, "_Form | None"] = {}
+        self._forms: dict[Node, _Form | None] = {}
         self._guarded: set[Node] = set()
 
     def value(self, node: Node, index: Index) -> Value | None:

@@ -170,6 +170,8 @@ def _aten_backward(dout, q, out, lse, k, v, scale, causal) -> tuple[Tensor, Tens
     from fa3_inductor.kernels.forward import addressable
 
     dout, q, out, k, v = (addressable(x) for x in (dout, q, out, k, v))  # their libraries are as particular as TMA is
+    if dout.stride() != out.stride():  # cuDNN reads both by the strides of one
+        dout = torch.empty_like(out).copy_(dout)
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
     no_dropout = q.new_empty(0, dtype=torch.int64), q.new_empty(0, dtype=torch.int64)
     if not causal or seqlen_q == seqlen_k:

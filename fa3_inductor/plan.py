@@ -13,7 +13,7 @@ Target = str  # "hopper" | "sdpa" | "reference"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """``target`` and, for a person, ``kernel``; ``why`` says what kept the Hopper kernel from being chosen, if it was."""
+    """``target`` and, for a person, ``kernel``; ``why`` says what kept the Hopper kernel from being chosen."""
 
     target: Target
     kernel: str
@@ -113,7 +113,11 @@ def cost(spec: AttentionSpec, itemsize: int) -> tuple[int | None, int | None]:
     visible = pairs
     left, right = spec.mask.window_left, spec.mask.window_right
     if all(w is None or w.is_number for w in (left, right)) and spec.mask.is_window and (left, right) != (None, None):
-        visible = spec.batch_size * spec.q_heads * _visible_pairs(int(spec.axes.seqlen_q), int(spec.axes.seqlen_k), left, right)
+        visible = (
+            spec.batch_size
+            * spec.q_heads
+            * _visible_pairs(int(spec.axes.seqlen_q), int(spec.axes.seqlen_k), left, right)
+        )
     flops = 2 * visible * (spec.head_dim + spec.head_dim_v)
     return int(flops) if flops.is_number else None, int(2 * pairs * itemsize)
 

@@ -4,9 +4,7 @@ import itertools
 import logging
 import time
 import traceback
-from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
 from . import config, report, tracing
@@ -166,7 +164,7 @@ _FUSED_BACKENDS = {"CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"}
 def _backend_chosen_by_user(captured: Capture, anchor: Node) -> bool:
     """Whether the anchor runs inside ``with sdpa_kernel(...)`` of the compiled region.
 
-    Dynamo leaves a call that sets the allowed backends where the region is entered, and one that restores them at its end.
+    Dynamo leaves a call that sets the allowed backends where the region is entered, and one that restores them after.
     """
     origin = captured.origin(anchor)
     allowed = _FUSED_BACKENDS

@@ -8,7 +8,7 @@ stays the user's own graph, so aliasing, mutation, autocast and no_grad regions 
 import contextlib
 import math
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -16,11 +16,10 @@ from torch.fx import Node
 
 from . import ops, tracing  # noqa: F401  (registers fa3::attention)
 from .capture import Capture, may_write
-from .patterns.layouts import packet
-from .patterns.find import SWALLOWS
 from .patterns.masks import Mask
 from .patterns.reasons import Reason
 from .patterns.spec import AttentionSpec, Empty, Operand, Rejected, TermKind
+from .patterns.terms import SWALLOWS
 from .plan import Plan, seqlen_offset
 
 aten = torch.ops.aten
@@ -73,7 +72,9 @@ class Splicer:
             raise Rejected(Reason.OPAQUE, f"what '{place.name}' returns is not understood")
         else:
             if outputs is spec.result and _needs_layout_of(spec.result, place, result, self.mode):
-                result = emit.values[spec.result] = emit.call(aten.clone.default, result, memory_format=torch.contiguous_format)
+                result = emit.values[spec.result] = emit.call(
+                    aten.clone.default, result, memory_format=torch.contiguous_format
+                )
             replaced = [(place, emit.materialise(outputs))]
         for old, new in replaced:
             old.replace_all_uses_with(new, propagate_meta=False)
@@ -154,12 +155,16 @@ class _Emitter:
             source = self.capture.inputs.get(value)
             if source is not None and not isinstance(value.meta.get("val"), torch.Tensor):
                 return source
-            raise Rejected(Reason.MUTATED, f"'{getattr(source, 'name', value.name)}' is written to before the attention")
+            raise Rejected(
+                Reason.MUTATED, f"'{getattr(source, 'name', value.name)}' is written to before the attention"
+            )
         if value.op == "get_attr":
             return self._attribute(value)
         if value.op != "call_function":
             raise Rejected(Reason.OPAQUE, f"'{value.name}' cannot be computed again")
-        random = isinstance(value.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in value.target.tags
+        random = (
+            isinstance(value.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in value.target.tags
+        )
         if random and self.capture.origin(value) is not self.place:
             raise Rejected(Reason.OPAQUE, f"'{value.name}' ({value.target}) is random and cannot be computed again")
         args, kwargs = torch.fx.map_arg((value.args, value.kwargs), self.materialise)
@@ -207,8 +212,8 @@ class _Emitter:
         return size if isinstance(size, int) else self.call("size", x, dim)
 
 
-# Dynamo's own example values of intermediate nodes belong to a fake mode that is gone when a backend runs, so a node that
-# the pass reads or makes carries the value from the capture.
+# Dynamo's own example values of intermediate nodes belong to a fake mode that is gone when a backend runs, so a node
+# that the pass reads or makes carries the value from the capture.
 _FAKE = "fa3_fake_value"
 
 
@@ -225,8 +230,10 @@ def is_one(size: Any) -> bool:
 
 def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
     if plan.empty is Empty.AS_WRITTEN and emit.trains:
-        # The forward adds what the user adds; a fused backward has lost the scores in such a row's log-sum-exp.
-        raise Rejected(Reason.EMPTY_ROWS, "masks of several kinds in training; config.empty_rows = 'relaxed' accepts zeros there")
+        # Such a row has a gradient in q and k that only the whole matrix of weights gives.
+        raise Rejected(
+            Reason.EMPTY_ROWS, "masks of several kinds in training; config.empty_rows = 'relaxed' accepts zeros there"
+        )
     q, k, v = (emit.operand(x) for x in (spec.q, spec.k, spec.v))
     k, v = (_expand_batch(emit, x, q) for x in (k, v))
     q = _expand_batch(emit, q, k)
@@ -234,7 +241,8 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
     by_window = all(t.window is not None for t in spec.terms)
     if plan.target == "sdpa":
         by_window = by_window and _is_plain(spec.mask)
-        bias, mask, row_seen = (None, None, None) if by_window else _scores_operands(emit, spec, plan)
+        shaped = _Shaped(q, None, None, None) if by_window else _shape_scores(emit, spec, plan, q)
+        q, bias, mask, row_seen = shaped
         if bias is not None and mask is not None:
             mask = emit.call(torch.where, mask, bias, -math.inf)
         elif bias is not None:
@@ -253,7 +261,8 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
         )
     else:
         by_window = by_window and spec.mask.window_left is None
-        bias, mask, row_seen = (None, None, None) if by_window else _scores_operands(emit, spec, plan)
+        shaped = _Shaped(q, None, None, None) if by_window else _shape_scores(emit, spec, plan, q)
+        q, bias, mask, row_seen = shaped
         right = _window_right(emit, spec, q, k) if by_window and spec.mask.window_right is not None else None
         pair = emit.call(torch.ops.fa3.attention.default, q, k, v, bias, mask, scale, None, right, plan.target)
         out = emit.call(operator.getitem, pair, 0)
@@ -291,9 +300,16 @@ def _window_right(emit: _Emitter, spec: AttentionSpec, q: Node, k: Node) -> Any:
     return emit.call(operator.add, difference, number) if number else difference
 
 
-def _scores_operands(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node | None, Node | None, Node | None]:
-    """(bias, mask, row_seen): everything that shapes the scores as one sum and one condition (True: visible), and whether
-    a query sees any key."""
+class _Shaped(NamedTuple):
+    """What shapes the scores: one sum, one condition (True: visible), and which queries see a key (``row_seen``)."""
+
+    q: Node
+    bias: Node | None
+    mask: Node | None
+    row_seen: Node | None
+
+
+def _shape_scores(emit: _Emitter, spec: AttentionSpec, plan: Plan, q: Node) -> _Shaped:
     bias = mask = None
     as_written = plan.empty is Empty.AS_WRITTEN
     for term in spec.terms:
@@ -314,19 +330,28 @@ def _scores_operands(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[N
             mask = x if mask is None else emit.call(torch.logical_and, mask, x)
     if bias is None:
         needs_rows = plan.empty not in (Empty.IMPOSSIBLE, Empty.ZERO)
-        return None, mask, emit.call("any", mask, -1, keepdim=True) if needs_rows else None
-    dtype = fake_value(emit.values[spec.q.node]).dtype
+        return _Shaped(q, None, mask, emit.call("any", mask, -1, keepdim=True) if needs_rows else None)
+    dtype = fake_value(q).dtype
     if fake_value(bias).dtype not in (dtype, torch.float32):
         bias = emit.call("to", bias, dtype)
     if plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO):
-        return bias, mask, None
-    masked = bias if mask is None else emit.call(torch.where, mask, bias, -math.inf)
-    top = emit.call("amax", emit.call("detach", masked), -1, keepdim=True)
-    # A row far below zero (a finite mask over all its keys) loses the scores in the rounding of its log-sum-exp, on which
-    # the backward relies. Softmax ignores an offset, so the row is lifted; one that swallows its scores is left so.
-    is_low = emit.call(torch.logical_and, emit.call(operator.lt, top, _LOW), emit.call(operator.gt, top, SWALLOWS))
+        return _Shaped(q, bias, mask, None)
+    masked = emit.call("detach", bias if mask is None else emit.call(torch.where, mask, bias, -math.inf))
+    top = emit.call("amax", masked, -1, keepdim=True)
+    # A row far below zero (a finite mask over all its keys) loses the scores in the rounding of its log-sum-exp, on
+    # which the backward relies. Softmax ignores an offset, so the row is lifted.
+    is_low = emit.call(operator.lt, top, _LOW)
+    if any(t.swallows for t in spec.terms):
+        # Lower still and it swallows its scores: equal weights for the keys at its top. Zero queries give the same.
+        swallowed = emit.call(
+            torch.logical_and, emit.call(operator.lt, top, SWALLOWS), emit.call(operator.gt, top, -math.inf)
+        )
+        is_low = emit.call(torch.logical_and, is_low, emit.call(operator.ge, top, SWALLOWS))
+        q = emit.call("masked_fill", q, swallowed, 0.0)
+        level = emit.call(torch.where, emit.call(operator.eq, masked, top), 0.0, -math.inf)
+        bias = emit.call(torch.where, swallowed, level, bias)
     bias = emit.call(operator.sub, bias, emit.call(torch.where, is_low, top, 0.0))
-    return bias, mask, emit.call(operator.gt, top, -math.inf)
+    return _Shaped(q, bias, mask, emit.call(operator.gt, top, -math.inf))
 
 
 _LOW = -1e3
@@ -398,7 +423,19 @@ def _restore(emit: _Emitter, out: Node, spec: AttentionSpec) -> Node:
 
 
 _VIEWS = ("view", "view_as", "as_strided", "stride", "is_contiguous")
-_MOVES = ("transpose", "permute", "unsqueeze", "squeeze", "view", "expand", "mT", "swapaxes", "movedim", "flatten", "unflatten")
+_MOVES = (
+    "transpose",
+    "permute",
+    "unsqueeze",
+    "squeeze",
+    "view",
+    "expand",
+    "mT",
+    "swapaxes",
+    "movedim",
+    "flatten",
+    "unflatten",
+)
 
 
 def _needs_layout_of(result: Node, place: Node, new: Node, mode: Any) -> bool:

@@ -1,4 +1,7 @@
-"""The private parts of torch that capture and its guards stand on, one function each, with the versions it was read in."""
+"""The private parts of torch that capture and its guards stand on, one function each, with the versions each serves.
+
+Apart from compat.py because that one runs while torch is being imported and may not import it.
+"""
 
 import contextlib
 import functools
@@ -46,7 +49,9 @@ def trace_before_autograd(run: Callable[..., Any], fake_inputs: list[Any]) -> Gr
         stack.enter_context(torch.fx.traceback.preserve_node_meta())
         stack.enter_context(enable_python_dispatcher())
         stack.enter_context(FunctionalTensorMode(pre_dispatch=True, export=True, _allow_token_discovery=True))
-        view = make_fx(functional, decomposition_table={}, pre_dispatch=True, _disable_torch_fn_metadata_mode=True)(*fake_inputs)
+        view = make_fx(functional, decomposition_table={}, pre_dispatch=True, _disable_torch_fn_metadata_mode=True)(
+            *fake_inputs
+        )
     view.graph.eliminate_dead_code()
     return view
 
@@ -104,8 +109,8 @@ def _argument(placeholder: Node) -> Any:
 def guardable_tensor(placeholder: Node) -> torch.Tensor | None:
     """The real tensor behind a Dynamo graph input, if a guard can watch it; else None.
 
-    Only what the model owns (parameters and buffers, which Dynamo reaches through a module) and globals are considered: a
-    plain argument changes from call to call, and a graph that is exported has nobody to check a guard.
+    Only what the model owns (parameters and buffers, which Dynamo reaches through a module) and globals are considered:
+    a plain argument changes from call to call, and a graph that is exported has nobody to check a guard.
     """
     argument = _argument(placeholder)
     source = getattr(argument, "source", None)

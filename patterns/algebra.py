@@ -122,7 +122,14 @@ _OR = (aten.logical_or, aten.bitwise_or, aten.__or__)
 _XOR = (aten.logical_xor, aten.bitwise_xor, aten.__xor__)
 _NOT = (aten.logical_not, aten.bitwise_not)
 _CASTS = (aten._to_copy, aten.to, aten.type_as, aten.detach, aten._assert_tensor_metadata)
-_CONSTANT_FILLS = {aten.zeros: 0, aten.zeros_like: 0, aten.new_zeros: 0, aten.ones: 1, aten.ones_like: 1, aten.new_ones: 1}
+_CONSTANT_FILLS = {
+    aten.zeros: 0,
+    aten.zeros_like: 0,
+    aten.new_zeros: 0,
+    aten.ones: 1,
+    aten.ones_like: 1,
+    aten.new_ones: 1,
+}
 
 
 class Algebra:

@@ -1,4 +1,4 @@
-"""Finding attention: anchored at softmax and at scaled_dot_product_attention, walked outwards to query, key and value."""
+"""Finding attention: anchored at softmax and at scaled_dot_product_attention, walked outwards to q, k and v."""
 
 import dataclasses
 import logging
@@ -9,14 +9,16 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-from .algebra import Algebra, Opaque, to_number
-from .indices import ZERO, Index, Space, broadcast_index, is_nonnegative, shape_exprs, size_expr
-from .layouts import argument, layout_step, packet, rank, tensor
-from .masks import FULL, Axes, Mask, describe, no_row_is_empty, prove
+from .algebra import Algebra, Opaque
+from .indices import ZERO, Index, Space, broadcast_index, shape_exprs, size_expr
+from .layouts import LAYOUT_OPS, argument, layout_step, packet, rank, tensor, users_of
+from .masks import Axes, Mask, describe, no_row_is_empty
+from .operands import Roles, choose_operands, peel
 from .products import as_product, is_product
 from .reasons import Reason
-from .scores import Added, Hidden, NotScores, Scores, leaves, read_scores, visible_where
-from .spec import AttentionSpec, Empty, Operand, Rejected, Term, TermKind
+from .scores import Added, Hidden, NotScores, Scores, read_scores
+from .spec import AttentionSpec, Empty, Rejected, Term, TermKind
+from .terms import read_terms
 
 aten = torch.ops.aten
 log = logging.getLogger(__name__)
@@ -90,10 +92,6 @@ class _Weights:
     words: tuple[str, ...]
 
 
-def users_of(node: Node) -> list[Node]:
-    return [u for u in node.users if packet(u) is not aten._assert_tensor_metadata]
-
-
 def _walk_down(softmax: Node) -> _Weights | None:
     """From the softmax through casts, dropout and layout to a product. None if no product follows: no attention."""
     nodes, dropout_p, words = [softmax], 0.0, []
@@ -122,7 +120,9 @@ def _walk_down(softmax: Node) -> _Weights | None:
                 words.append("dropout")
     operands = _product_operands(node)
     if others:
-        what = "returned" if any(u.op == "output" for u in others) else f"used by '{others[0].name}' ({others[0].target})"
+        what = (
+            "returned" if any(u.op == "output" for u in others) else f"used by '{others[0].name}' ({others[0].target})"
+        )
         raise Rejected(Reason.WEIGHTS_USED, f"they are {what}")
     if sum(x is previous for x in operands) != 1:
         raise Rejected(Reason.LAYOUT, f"'{node.name}' multiplies the weights with themselves")
@@ -151,14 +151,12 @@ def _keeps_shape(node: Node) -> bool:
 
 
 _WEIGHT_OPS = (aten._to_copy, aten.to, aten.type_as, aten.dropout)
-_LAYOUT_NAMES = (aten.view, aten.reshape, aten._unsafe_view, aten.expand, aten.clone, aten.contiguous, aten.unsqueeze)
-_LAYOUT_NAMES += (aten.squeeze, aten.transpose, aten.permute, aten.alias, aten.flatten, aten.unflatten)
 
 
 def _keeps_weights(node: Node) -> bool:
     if packet(node) in (aten._to_copy, aten.to, aten.type_as):
         return tensor(node).dtype.is_floating_point
-    return packet(node) in _WEIGHT_OPS + _LAYOUT_NAMES
+    return packet(node) in _WEIGHT_OPS + LAYOUT_OPS
 
 
 def _read_softmax(algebra: Algebra, softmax: Node) -> tuple[AttentionSpec, tuple[Node, ...]] | None:
@@ -241,7 +239,10 @@ class _Reading:
             node, at = step if step is not None else (node.args[0], at)
         k = at[self.dim]
         if k != pv.contracted or any(k in e.free_symbols for i, e in enumerate(at) if i != self.dim and k != 0):
-            raise Rejected(Reason.SOFTMAX_DIM, f"'{self.softmax.name}' normalises over axis {self.dim}, the product sums over another")
+            raise Rejected(
+                Reason.SOFTMAX_DIM,
+                f"'{self.softmax.name}' normalises over axis {self.dim}, the product sums over another",
+            )
         try:
             scores = read_scores(self.algebra, self.softmax.args[0], at)
         except NotScores as failure:
@@ -304,17 +305,19 @@ class _Reading:
         axes = Axes(space.symbol("q", self.sizes["q"]), view.k, self.sizes["q"], seqlen_k)
         others = [n for axis in names for n in axis if n not in ("q", "d")]
         head_dim = _static_head_dim(_contracted_size(view))
-        roles = _Roles.of(space, others, self.sizes, axes, "d", view.scores.product.contracted, head_dim, self.sizes["d"])
+        roles = Roles.of(
+            space, others, self.sizes, axes, "d", view.scores.product.contracted, head_dim, self.sizes["d"]
+        )
         _check_interior(view.scores.nodes, self.softmax)
         scale = view.scores.scale
-        q = _peel(self.algebra, view.q_node, view.q_index)
-        k = _peel(self.algebra, view.k_node, view.k_index)
-        v = _peel(self.algebra, view.v_node, view.v_index, scales=False)
-        (q, k, v), factor = _choose(roles, q, k, v, tensor(product).dtype, product)
+        q = peel(self.algebra, view.q_node, view.q_index)
+        k = peel(self.algebra, view.k_node, view.k_index)
+        v = peel(self.algebra, view.v_node, view.v_index, scales=False)
+        (q, k, v), factor = choose_operands(roles, q, k, v, tensor(product).dtype, product)
         scale = scale * factor
         if not (scale.is_number and scale.is_finite) and not scale.free_symbols:
             raise Rejected(Reason.TENSOR_SCALE, f"the scale is {scale}")
-        terms, mask, empty = _terms(self.algebra, view.scores.terms, roles, axes)
+        terms, mask, empty = read_terms(self.algebra, view.scores.terms, roles, axes)
         if empty in (Empty.MEAN, Empty.MEAN_SCORES) and self.weights.dropout_p:
             empty = Empty.AS_WRITTEN  # the mean would have to be dropped out as well
         words = [*view.scores.words, "softmax", *self.weights.words, str(packet(product)).partition(".")[2]]
@@ -333,7 +336,9 @@ class _Reading:
             kv_heads=roles.heads_of(k),
             scale=scale,
             mask=mask,
-            mask_text=describe(mask, axes, space) if not _has_bias(terms) else _with_bias(describe(mask, axes, space), terms),
+            mask_text=describe(mask, axes, space)
+            if not _has_bias(terms)
+            else _with_bias(describe(mask, axes, space), terms),
             terms=terms,
             empty=empty,
             dropout_p=self.weights.dropout_p,
@@ -402,267 +407,6 @@ def _check_interior(nodes: tuple[Node, ...], softmax: Node) -> None:
                 raise Rejected(Reason.SCORES_USED, f"'{node.name}' is {what}")
 
 
-# --------------------------------------------------------------------------------------------- operands
-
-
-@dataclasses.dataclass(frozen=True)
-class _Candidate:
-    """A tensor that an operand can be taken from: ``operand = factor * node[index]``."""
-
-    node: Node
-    index: Index
-    factor: sympy.Expr
-
-
-def _peel(algebra: Algebra, node: Node, index: Index, scales: bool = True) -> list[_Candidate]:
-    """The operand itself, then what it is a view, an exact cast or a multiple of, outwards in."""
-    found = [_Candidate(node, index, sympy.Integer(1))]
-    factor: sympy.Expr = sympy.Integer(1)
-    while True:
-        step = layout_step(algebra.space, node, index)
-        if step is not None:
-            node, index = step
-        elif packet(node) in (aten._to_copy, aten.to) and _widens(node):
-            node = node.args[0]
-        elif scales and packet(node) in (aten.mul, aten.div) and _is_scaled(algebra, node):
-            tensor_side = next(x for x in node.args[:2] if isinstance(x, Node) and rank(x) > 0)
-            number = node.args[1] if tensor_side is node.args[0] else node.args[0]
-            value = algebra.value(number, ())
-            factor = factor * value if packet(node) is aten.mul else factor / value
-            index = broadcast_index(index, shape_exprs(tensor(tensor_side)))
-            node = tensor_side
-        else:
-            return found
-        found.append(_Candidate(node, index, factor))
-
-
-def _widens(node: Node) -> bool:
-    source, target = tensor(node.args[0]).dtype, tensor(node).dtype
-    narrow = source in (torch.bfloat16, torch.float16) and target in (torch.float32, source)
-    return source == target or narrow
-
-
-def _is_scaled(algebra: Algebra, node: Node) -> bool:
-    """Whether a mul or div is a tensor times one finite number, in the tensor's own dtype and shape."""
-    sides = [x for x in node.args[:2] if isinstance(x, Node) and isinstance(x.meta.get("val"), torch.Tensor) and rank(x) > 0]
-    if len(sides) != 1 or node.kwargs.get("rounding_mode") is not None:
-        return False
-    if packet(node) is aten.div and sides[0] is not node.args[0]:
-        return False
-    number = node.args[1] if sides[0] is node.args[0] else node.args[0]
-    value = algebra.value(number, ())
-    known = isinstance(value, sympy.Expr) and not value.has(Opaque) and not value.is_zero and value.is_finite is not False
-    return known and tensor(sides[0]).dtype == tensor(node).dtype
-
-
-@dataclasses.dataclass(frozen=True)
-class _Roles:
-    """Which index symbol plays which canonical axis."""
-
-    space: Space
-    batch: tuple[tuple[str, sympy.Expr], ...]
-    heads: tuple[tuple[str, sympy.Expr], ...]
-    q: sympy.Expr
-    k: sympy.Expr
-    d: sympy.Expr  # head dim of the value
-    e: sympy.Expr  # contracted head dim of query and key
-    head_dim: sympy.Expr
-    head_dim_v: sympy.Expr
-
-    @staticmethod
-    def of(
-        space: Space,
-        names: list[str],
-        sizes: dict[str, sympy.Expr],
-        axes: Axes,
-        d_name: str,
-        e: sympy.Expr,
-        head_dim: sympy.Expr,
-        head_dim_v: sympy.Expr,
-    ) -> "_Roles":
-        named = [(n, sizes[n]) for n in names]
-        d = space.symbol(d_name, head_dim_v)
-        return _Roles(space, tuple(named[:1]), tuple(named[1:]), axes.q, axes.k, d, e, head_dim, head_dim_v)
-
-    def group(self, index: Index, row: sympy.Expr, column: sympy.Expr) -> Operand | None:
-        """``index`` as canonical axes (batch, heads, row, column), or None if it is no arrangement of them."""
-        positions: dict[sympy.Expr, int] = {}
-        grouped: tuple[int, ...] | None = None
-        for position, entry in enumerate(index):
-            if entry == 0:
-                continue
-            if entry in positions:
-                return None
-            positions[entry] = position
-        batch = self._axis(positions, self.batch)
-        heads = self._axis(positions, self.heads)
-        if heads is None and len(self.heads) == 1:
-            grouped = self._grouped(positions)
-            heads = grouped
-        rows, columns = self._single(positions, row), self._single(positions, column)
-        if batch is None or heads is None or positions:
-            return None
-        return Operand(None, (batch, heads, rows, columns))  # the node is filled in by the caller
-
-    def _single(self, positions: dict[sympy.Expr, int], symbol: sympy.Expr) -> tuple[int, ...]:
-        return (positions.pop(symbol),) if symbol != 0 and symbol in positions else ()
-
-    def _axis(self, positions: dict[sympy.Expr, int], axis: tuple[tuple[str, sympy.Expr], ...]) -> tuple[int, ...] | None:
-        """Positions of the symbols of one canonical axis: all of them, a leading part (grouped), or none."""
-        symbols = [self.space.symbol(n, size) for n, size in axis]
-        symbols = [s for s in symbols if s != 0]
-        present = [s in positions for s in symbols]
-        count = sum(present)
-        if any(present[count:]):
-            return None
-        if count == 0 and symbols and any(e.free_symbols & {s for s in symbols} for e in positions):
-            return None
-        return tuple(positions.pop(s) for s in symbols[:count])
-
-    def _grouped(self, positions: dict[sympy.Expr, int]) -> tuple[int, ...] | None:
-        """``h // group`` as the head index."""
-        name, size = self.heads[0]
-        h = self.space.symbol(name, size)
-        for entry in list(positions):
-            if isinstance(entry, sympy.floor) and entry.free_symbols & h.free_symbols:
-                group = sympy.cancel(h / entry.args[0])
-                if not group.free_symbols & h.free_symbols and group.is_integer:
-                    return (positions.pop(entry),)
-        return None
-
-    def heads_of(self, operand: Operand) -> sympy.Expr:
-        shape = shape_exprs(tensor(operand.node))
-        return sympy.Mul(*[shape[i] for i in operand.groups[1]])
-
-
-def _choose(
-    roles: _Roles, q: list[_Candidate], k: list[_Candidate], v: list[_Candidate], out_dtype: torch.dtype, product: Node
-) -> tuple[tuple[Operand, Operand, Operand], sympy.Expr]:
-    """The innermost tensors that are arranged as one attention's q, k and v and share a dtype that loses nothing."""
-
-    def arranged(candidates: list[_Candidate], row: sympy.Expr, column: sympy.Expr) -> list[tuple[_Candidate, Operand]]:
-        pairs = ((c, roles.group(c.index, row, column)) for c in candidates)
-        return [(c, dataclasses.replace(o, node=c.node)) for c, o in pairs if o is not None]
-
-    qs = [x for x in arranged(q, roles.q, roles.e) if _spans(roles, x[1])]
-    ks, vs = arranged(k, roles.k, roles.e), arranged(v, roles.k, roles.d)
-    dtypes = [d for d in (torch.float16, torch.bfloat16, torch.float32) if _keeps(d, out_dtype, product)]
-    seen = {tensor(c.node).dtype for x in (q, k, v) for c in x[:1]}
-    for dtype in dtypes:
-        by_dtype = [[x for x in xs if tensor(x[0].node).dtype == dtype] for xs in (qs, ks, vs)]
-        if not all(by_dtype):
-            continue
-        chosen_q = by_dtype[0][-1]
-        for chosen_k in reversed(by_dtype[1]):
-            for chosen_v in reversed(by_dtype[2]):
-                if roles.heads_of(chosen_k[1]) == roles.heads_of(chosen_v[1]):
-                    factor = chosen_q[0].factor * chosen_k[0].factor
-                    return (chosen_q[1], chosen_k[1], chosen_v[1]), factor
-    if not (qs and ks and vs):
-        missing = [n for n, x in (("q", qs), ("k", ks), ("v", vs)) if not x]
-        raise Rejected(Reason.LAYOUT, f"the axes of {', '.join(missing)} are not those of an attention")
-    if seen - set(_FLOATS) or len(seen) > 1 or not dtypes:
-        raise Rejected(Reason.DTYPE, "seen: " + ", ".join(sorted(str(d).removeprefix("torch.") for d in seen)))
-    raise Rejected(Reason.LAYOUT, "k and v have different head counts")
-
-
-def _spans(roles: _Roles, operand: Operand) -> bool:
-    """The query has every head (its batch axis may be broadcast)."""
-    return len(operand.groups[1]) == len([1 for n, s in roles.heads if s != 1])
-
-
-def _keeps(dtype: torch.dtype, out_dtype: torch.dtype, product: Node) -> bool:
-    """Whether computing with operands of ``dtype`` loses nothing that the user's result has."""
-    if dtype.itemsize >= out_dtype.itemsize:
-        return dtype.itemsize > out_dtype.itemsize or dtype == out_dtype
-    return all(_narrowed_to(u, dtype) for u in users_of(product))
-
-
-def _narrowed_to(user: Node, dtype: torch.dtype) -> bool:
-    if packet(user) in (aten._to_copy, aten.to, aten.type_as):
-        return tensor(user).dtype == dtype
-    if packet(user) in _LAYOUT_NAMES:
-        return bool(users_of(user)) and all(_narrowed_to(u, dtype) for u in users_of(user))
-    return False
-
-
-# --------------------------------------------------------------------------------------------- masks
-
-
-# A finite value this low swallows any score added to it, in float64 too; a higher one is an offset that softmax ignores.
-SWALLOWS = -(2.0**60)
-
-
-def _terms(
-    algebra: Algebra, raw: tuple[Added | Hidden, ...], roles: _Roles, axes: Axes
-) -> tuple[tuple[Term, ...], Mask, Empty]:
-    """The terms as operands, the mask that they prove together, and what an empty row gives."""
-    space = algebra.space
-    terms: list[Term] = []
-    kinds: list[Empty] = []
-    conditions = []
-    for raw_term in raw:
-        condition = visible_where(algebra, raw_term)
-        window = None
-        if condition is not None:
-            conditions.append(condition)
-            proved = prove(space, condition, axes)
-            window = proved if proved.is_window else None
-            if window == FULL:
-                continue
-        operand = _side_operand(space, raw_term, roles)
-        if isinstance(raw_term, Hidden):
-            kind = TermKind.DROP if raw_term.hides else TermKind.KEEP
-            terms.append(Term(kind, operand, window, fill=float(raw_term.fill)))
-            kinds.append(Empty.MEAN if raw_term.fill.is_finite else Empty.NAN)
-            continue
-        if not raw_term.coefficient.is_number:
-            raise Rejected(Reason.TENSOR_SCALE, f"what is added to the scores is scaled by {raw_term.coefficient}")
-        empty = _added_empty(algebra, raw_term) if condition is not None else Empty.NAN_SCORES
-        kind = TermKind.MASK if condition is not None and empty is not None else TermKind.BIAS
-        terms.append(Term(kind, operand, window, float(raw_term.coefficient)))
-        kinds.append(empty or Empty.NAN_SCORES)
-    mask = prove(space, sympy.And(*conditions), axes)
-    if mask.nothing_visible:
-        raise Rejected(Reason.EMPTY_ROWS, "every key of every query is masked")
-    if all(t.window is not None for t in terms) and no_row_is_empty(mask, axes):
-        return tuple(terms), mask, Empty.IMPOSSIBLE
-    several = set(kinds)
-    if len(several) == 1 and (len(kinds) == 1 or kinds[0] not in (Empty.MEAN, Empty.MEAN_SCORES)):
-        empty = kinds[0]
-    elif len(several) == 1 and len({t.fill for t in terms}) == 1 and kinds[0] is Empty.MEAN:
-        empty = Empty.MEAN
-    else:
-        empty = Empty.NAN_SCORES if several <= {Empty.NAN, Empty.NAN_SCORES} else Empty.AS_WRITTEN
-    return tuple(terms), mask, empty
-
-
-def _added_empty(algebra: Algebra, term: Added) -> Empty | None:
-    """What an added mask makes of an empty row; None for an offset small enough that softmax sees the scores behind it."""
-    values = [v * term.coefficient for v in leaves(to_number(algebra.value(term.node, term.index))) if not v.is_zero]
-    if all(v == -sympy.oo for v in values):
-        return Empty.NAN_SCORES
-    if len(set(values)) == 1 and values[0].is_finite and float(values[0]) <= SWALLOWS:
-        return Empty.MEAN_SCORES
-    return None
-
-
-def _side_operand(space: Space, term: Added | Hidden, roles: _Roles) -> Operand:
-    """A mask or bias as a tensor that broadcasts to [B, H, Sq, Sk]."""
-    node, index = term.node, term.index
-    found = None
-    step: tuple[Node, Index] | None = (node, index)
-    while step is not None:
-        operand = roles.group(step[1], roles.q, roles.k)
-        if operand is not None and len(operand.groups[1]) in (0, len([1 for _, s in roles.heads if s != 1])):
-            if not any(isinstance(e, sympy.floor) for e in step[1]):
-                found = dataclasses.replace(operand, node=step[0])
-        step = layout_step(space, *step)
-    if found is None:
-        raise Rejected(Reason.LAYOUT, f"the axes of '{node.name}', applied to the scores, are not those of an attention")
-    return found
-
-
 # --------------------------------------------------------------------------------------------- SDPA
 
 
@@ -684,7 +428,7 @@ def _read_sdpa(algebra: Algebra, node: Node) -> tuple[AttentionSpec, tuple[Node,
     batch = tuple(space.symbol(n, sizes[n]) for n in names)
     axes = Axes(space.symbol("q", seqlen_q), space.symbol("k", seqlen_k), seqlen_q, seqlen_k)
     d, e = space.symbol("d", head_dim_v), space.symbol("e", head_dim)
-    roles = _Roles.of(space, names, sizes, axes, "d", e, head_dim, head_dim_v)
+    roles = Roles.of(space, names, sizes, axes, "d", e, head_dim, head_dim_v)
 
     def at(x: Node, row: sympy.Expr, column: sympy.Expr) -> Index:
         sized = shape_exprs(tensor(x))
@@ -695,10 +439,10 @@ def _read_sdpa(algebra: Algebra, node: Node) -> tuple[AttentionSpec, tuple[Node,
         return broadcast_index((*index, row, column), sized)
 
     peeled = [
-        _peel(algebra, x, at(x, row, column), scales)
+        peel(algebra, x, at(x, row, column), scales)
         for x, row, column, scales in ((q, axes.q, e, True), (k, axes.k, e, True), (v, axes.k, d, False))
     ]
-    (q_operand, k_operand, v_operand), factor = _choose(roles, *peeled, tensor(node).dtype, node)
+    (q_operand, k_operand, v_operand), factor = choose_operands(roles, *peeled, tensor(node).dtype, node)
     base = sympy.Pow(head_dim, sympy.Rational(-1, 2)) if scale is None else algebra.value(scale, ())
     if not isinstance(base, sympy.Expr) or base.has(Opaque):
         raise Rejected(Reason.TENSOR_SCALE, "scale is not a number")
@@ -709,7 +453,7 @@ def _read_sdpa(algebra: Algebra, node: Node) -> tuple[AttentionSpec, tuple[Node,
             raw = (Hidden(attn_mask, index, False, -sympy.oo),)
         else:
             raw = (Added(attn_mask, index, sympy.Integer(1)),)
-    terms, mask, empty = _terms(algebra, raw, roles, axes)
+    terms, mask, empty = read_terms(algebra, raw, roles, axes)
     if is_causal:
         mask = Mask(mask.window_left, ZERO, mask.rest)
     # SDPA defines an empty row of a bool or -inf mask as zeros; a finite one is added as it stands.

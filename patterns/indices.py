@@ -24,7 +24,9 @@ def size_expr(size: int | torch.SymInt | torch.SymFloat | torch.fx.Node | sympy.
         expr = size.node.expr
         # torch's size symbols carry no sign; every size that Dynamo made symbolic is at least one.
         expr = expr.xreplace({s: sympy.Symbol(s.name, integer=True, positive=True) for s in expr.free_symbols})
-        return expr.replace(lambda e: type(e).__name__ in _TORCH_FUNCTIONS, lambda e: _TORCH_FUNCTIONS[type(e).__name__](*e.args))
+        return expr.replace(
+            lambda e: type(e).__name__ in _TORCH_FUNCTIONS, lambda e: _TORCH_FUNCTIONS[type(e).__name__](*e.args)
+        )
     return sympy.sympify(size)
 
 

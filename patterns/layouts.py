@@ -198,3 +198,12 @@ def _piece(space: Space, node: Node, index: Index) -> Step | None:
         before = sum((size_expr(p.shape[dim]) for p in pieces[: number % len(pieces)]), ZERO)
         return source, (*index[:dim], before + index[dim], *index[dim + 1 :])
     return None
+
+
+# What moves the result of an attention around without computing anything.
+LAYOUT_OPS = (aten.view, aten.reshape, aten._unsafe_view, aten.expand, aten.clone, aten.contiguous, aten.unsqueeze)
+LAYOUT_OPS += (aten.squeeze, aten.transpose, aten.permute, aten.alias, aten.flatten, aten.unflatten)
+
+
+def users_of(node: Node) -> list[Node]:
+    return [u for u in node.users if packet(u) is not aten._assert_tensor_metadata]

@@ -170,5 +170,3 @@ def describe(mask: Mask, axes: Axes, space: Space) -> str:
         if text not in parts:
             parts.append(text)
     return " & ".join(parts) or "full"
-
-

@@ -83,7 +83,11 @@ def _einsum(space: Space, node: Node, index: Index, contracted: str) -> Product 
     if len(sums) != 1 or (set(letters[0]) | set(letters[1])) - set(output_letters) - sums:
         return None
     (summed,) = sums
-    sizes = {ch: size_expr(s) for x, t in zip(letters, operands, strict=True) for ch, s in zip(x, tensor(t).shape, strict=True)}
+    sizes = {
+        ch: size_expr(s)
+        for x, t in zip(letters, operands, strict=True)
+        for ch, s in zip(x, tensor(t).shape, strict=True)
+    }
     c = space.symbol(contracted, sizes[summed])
     at = dict(zip(output_letters, index, strict=True)) | {summed: c}
     indices = [

@@ -4,7 +4,7 @@ import enum
 
 
 class Reason(enum.Enum):
-    """A reason for not fusing. ``reason.name`` is stable and meant for tests and scripts, ``reason.value`` for people."""
+    """A reason for not fusing. ``name`` is stable and meant for tests and scripts, ``value`` for people."""
 
     NO_PRODUCT = "the softmax input is not a product of a query and a key"
     NO_VALUE_PRODUCT = "the softmax result is not multiplied with a value tensor"

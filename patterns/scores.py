@@ -1,7 +1,8 @@
 """The score chain: from the input of a softmax up to the product of query and key, interpreted operation by operation.
 
 Nothing here is a template. Each step moves the symbolic index upwards and notes what the operation did to the scores:
-a scale, something added, keys hidden. What is added or hides is only named (node and index); masks.py proves what it is.
+a scale, something added, keys hidden. What is added or hides is only named (node and index); masks.py proves what it
+is.
 """
 
 import dataclasses
@@ -46,7 +47,7 @@ class Hidden:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """``scale * product`` with ``terms`` applied in order; ``nodes`` are the interior of the chain, softmax side first."""
+    """``scale * product`` with ``terms`` applied in order; ``nodes`` are the chain's interior, softmax side first."""
 
     product: Product
     scale: sympy.Expr
@@ -139,7 +140,7 @@ def _is_tensor(x: Any) -> bool:
 
 
 def _either(algebra: Algebra, operands: list[tuple[Any, Index]]) -> tuple[int, Scores]:
-    """The operand that holds the scores. Where both could, the first: a sum of two products is one product plus a bias."""
+    """The operand that holds the scores. Where both could, the first: a sum of two products is one plus a bias."""
     failures = []
     for position, (x, index) in enumerate(operands):
         if not _is_tensor(x):
@@ -228,9 +229,13 @@ def _hidden(algebra: Algebra, node: Node, index: Index) -> Scores:
             continue
         fill = algebra.value(fill_node, fill_index)
         if isinstance(fill, Choice) or is_condition(fill) or not (fill.is_number or fill in (sympy.oo, -sympy.oo)):
-            raise NotScores(Reason.FILL_VALUE, f"'{node.name}' writes something other than one number over hidden scores")
+            raise NotScores(
+                Reason.FILL_VALUE, f"'{node.name}' writes something other than one number over hidden scores"
+            )
         if not fill <= MASK_THRESHOLD:
-            raise NotScores(Reason.FILL_VALUE, f"'{node.name}' writes {float(fill):g}, a mask has at most {MASK_THRESHOLD:g}")
+            raise NotScores(
+                Reason.FILL_VALUE, f"'{node.name}' writes {float(fill):g}, a mask has at most {MASK_THRESHOLD:g}"
+            )
         return _extend(scores, node, "masked", terms=(*scores.terms, Hidden(*condition, hides, fill)))
     raise failure
 

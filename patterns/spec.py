@@ -1,6 +1,6 @@
 """AttentionSpec: the one description that the matcher writes and the planner reads.
 
-    out[b, h, q] = softmax_k(scale * q[b, h, q] . k[b, h // group, k] + bias[b, h, q, k] where visible) @ v[b, h // group]
+out[b, h, q] = softmax_k(scale * q[b, h, q] . k[b, h // group, k] + bias[b, h, q, k] where visible) @ v[b, h // group]
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ class Rejected(Exception):
 class Operand:
     """A tensor of the captured graph, and how its axes become those of the canonical 4-D form.
 
-    ``groups[i]`` lists the axes of ``node`` that, flattened in this order, are canonical axis ``i``; an empty group is an
-    axis of size one. Axes of ``node`` in no group have size one or are read at position 0.
+    ``groups[i]`` lists the axes of ``node`` that, flattened in this order, are canonical axis ``i``; an empty group is
+    an axis of size one. Axes of ``node`` in no group have size one or are read at position 0.
     """
 
     node: Node
@@ -43,7 +43,9 @@ class Empty(enum.Enum):
     NAN = "NaN, as scores overwritten by -inf give; only v's gradient is NaN"
     NAN_SCORES = "NaN, as -inf added to the scores gives; every gradient is NaN"
     MEAN = "the mean of v over all keys, as scores overwritten by one finite value give"
-    MEAN_SCORES = "the mean of v over all keys, as a huge finite value added to the scores gives; q and k still have a gradient"
+    MEAN_SCORES = (
+        "the mean of v over all keys, as a huge finite value added to the scores gives; q and k still have a gradient"
+    )
     AS_WRITTEN = "masks of several kinds: their sum is added to the scores just as the user's code does"
 
 
@@ -58,7 +60,8 @@ class TermKind(enum.Enum):
 class Term:
     """One tensor that shapes the scores, in the order in which the user's code applies them.
 
-    ``window`` is set where the term is nothing but a proved window, ``fill`` is what KEEP and DROP write over hidden scores.
+    ``window`` is set where the term is nothing but a proved window, ``fill`` is what KEEP and DROP write over hidden
+    scores. ``swallows`` is whether an added value may be so low that nothing is left of the score it is added to.
     """
 
     kind: TermKind
@@ -66,6 +69,7 @@ class Term:
     window: Mask | None = None
     coefficient: float = 1.0
     fill: float = -math.inf
+    swallows: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,9 @@ def test_fused(form, target):
     args = form.args()
     for dtype in (torch.float32, torch.bfloat16):
         ours = run(compiled, args, dtype, form.grads)
-        assert_as_good_as_eager(ours, run(form.fn, args, dtype, form.grads), run(form.fn, args, torch.float64, form.grads), dtype)
+        assert_as_good_as_eager(
+            ours, run(form.fn, args, dtype, form.grads), run(form.fn, args, torch.float64, form.grads), dtype
+        )
     assert len(report.sites) == 2  # one a dtype
     for site in report.sites:
         assert (site.status, site.mask, site.target) == ("fused", form.mask, target), site.verdict

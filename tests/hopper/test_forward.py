@@ -237,3 +237,17 @@ def test_compiled_training_step(dynamic):
         dout = torch.randn_like(want)
         (want,), (got,) = (torch.autograd.grad(y, weight, dout) for y in (want, got))
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("dout_layout", ["bhsd", "bshd", "packed", "misaligned", "strided", "expanded"])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_gradients_of_any_dout(layout, dout_layout):
+    """The gradient that arrives need not lie in memory as the output does."""
+    q, k, v = (make(layout, 2, 3, 131, 64, torch.bfloat16).requires_grad_() for _ in range(3))
+    dout = make(dout_layout, 2, 3, 131, 64, torch.bfloat16)
+    out, _ = torch.ops.fa3.attention(q, k, v, None, None, 0.3, None, None, "hopper")
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    truth = torch.softmax(exact[0] @ exact[1].mT * 0.3, -1) @ exact[2]
+    wanted = torch.autograd.grad(truth, exact, dout.double())
+    for grad, want in zip(torch.autograd.grad(out, (q, k, v), dout), wanted):
+        assert ((grad.double() - want).norm() / want.norm()).item() < 1e-2

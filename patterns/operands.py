@@ -1,0 +1,205 @@
+"""Query, key and value: which tensors of the graph they are, and which of their axes is which."""
+
+import dataclasses
+
+import sympy
+import torch
+from torch.fx import Node
+
+from .algebra import Algebra, Opaque
+from .indices import Index, Space, broadcast_index, shape_exprs
+from .layouts import LAYOUT_OPS, layout_step, packet, rank, tensor, users_of
+from .masks import Axes
+from .reasons import Reason
+from .spec import Operand, Rejected
+
+aten = torch.ops.aten
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A tensor that an operand can be taken from: ``operand = factor * node[index]``."""
+
+    node: Node
+    index: Index
+    factor: sympy.Expr
+
+
+def peel(algebra: Algebra, node: Node, index: Index, scales: bool = True) -> list[Candidate]:
+    """The operand itself, then what it is a view, an exact cast or a multiple of, outwards in."""
+    found = [Candidate(node, index, sympy.Integer(1))]
+    factor: sympy.Expr = sympy.Integer(1)
+    while True:
+        step = layout_step(algebra.space, node, index)
+        if step is not None:
+            node, index = step
+        elif packet(node) in (aten._to_copy, aten.to) and _widens(node):
+            node = node.args[0]
+        elif scales and packet(node) in (aten.mul, aten.div) and _is_scaled(algebra, node):
+            tensor_side = next(x for x in node.args[:2] if isinstance(x, Node) and rank(x) > 0)
+            number = node.args[1] if tensor_side is node.args[0] else node.args[0]
+            value = algebra.value(number, ())
+            factor = factor * value if packet(node) is aten.mul else factor / value
+            index = broadcast_index(index, shape_exprs(tensor(tensor_side)))
+            node = tensor_side
+        else:
+            return found
+        found.append(Candidate(node, index, factor))
+
+
+def _widens(node: Node) -> bool:
+    source, target = tensor(node.args[0]).dtype, tensor(node).dtype
+    narrow = source in (torch.bfloat16, torch.float16) and target in (torch.float32, source)
+    return source == target or narrow
+
+
+def _is_scaled(algebra: Algebra, node: Node) -> bool:
+    """Whether a mul or div is a tensor times one finite number, in the tensor's own dtype and shape."""
+    sides = [
+        x for x in node.args[:2] if isinstance(x, Node) and isinstance(x.meta.get("val"), torch.Tensor) and rank(x) > 0
+    ]
+    if len(sides) != 1 or node.kwargs.get("rounding_mode") is not None:
+        return False
+    if packet(node) is aten.div and sides[0] is not node.args[0]:
+        return False
+    number = node.args[1] if sides[0] is node.args[0] else node.args[0]
+    value = algebra.value(number, ())
+    known = (
+        isinstance(value, sympy.Expr) and not value.has(Opaque) and not value.is_zero and value.is_finite is not False
+    )
+    return known and tensor(sides[0]).dtype == tensor(node).dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """Which index symbol plays which canonical axis."""
+
+    space: Space
+    batch: tuple[tuple[str, sympy.Expr], ...]
+    heads: tuple[tuple[str, sympy.Expr], ...]
+    q: sympy.Expr
+    k: sympy.Expr
+    d: sympy.Expr  # head dim of the value
+    e: sympy.Expr  # contracted head dim of query and key
+    head_dim: sympy.Expr
+    head_dim_v: sympy.Expr
+
+    @staticmethod
+    def of(
+        space: Space,
+        names: list[str],
+        sizes: dict[str, sympy.Expr],
+        axes: Axes,
+        d_name: str,
+        e: sympy.Expr,
+        head_dim: sympy.Expr,
+        head_dim_v: sympy.Expr,
+    ) -> "Roles":
+        named = [(n, sizes[n]) for n in names]
+        d = space.symbol(d_name, head_dim_v)
+        return Roles(space, tuple(named[:1]), tuple(named[1:]), axes.q, axes.k, d, e, head_dim, head_dim_v)
+
+    def group(self, index: Index, row: sympy.Expr, column: sympy.Expr) -> Operand | None:
+        """``index`` as canonical axes (batch, heads, row, column), or None if it is no arrangement of them."""
+        positions: dict[sympy.Expr, int] = {}
+        grouped: tuple[int, ...] | None = None
+        for position, entry in enumerate(index):
+            if entry == 0:
+                continue
+            if entry in positions:
+                return None
+            positions[entry] = position
+        batch = self._axis(positions, self.batch)
+        heads = self._axis(positions, self.heads)
+        if heads is None and len(self.heads) == 1:
+            grouped = self._grouped(positions)
+            heads = grouped
+        rows, columns = self._single(positions, row), self._single(positions, column)
+        if batch is None or heads is None or positions:
+            return None
+        return Operand(None, (batch, heads, rows, columns))  # the node is filled in by the caller
+
+    def _single(self, positions: dict[sympy.Expr, int], symbol: sympy.Expr) -> tuple[int, ...]:
+        return (positions.pop(symbol),) if symbol != 0 and symbol in positions else ()
+
+    def _axis(
+        self, positions: dict[sympy.Expr, int], axis: tuple[tuple[str, sympy.Expr], ...]
+    ) -> tuple[int, ...] | None:
+        """Positions of the symbols of one canonical axis: all of them, a leading part (grouped), or none."""
+        symbols = [self.space.symbol(n, size) for n, size in axis]
+        symbols = [s for s in symbols if s != 0]
+        present = [s in positions for s in symbols]
+        count = sum(present)
+        if any(present[count:]):
+            return None
+        if count == 0 and symbols and any(e.free_symbols & {s for s in symbols} for e in positions):
+            return None
+        return tuple(positions.pop(s) for s in symbols[:count])
+
+    def _grouped(self, positions: dict[sympy.Expr, int]) -> tuple[int, ...] | None:
+        """``h // group`` as the head index."""
+        name, size = self.heads[0]
+        h = self.space.symbol(name, size)
+        for entry in list(positions):
+            if isinstance(entry, sympy.floor) and entry.free_symbols & h.free_symbols:
+                group = sympy.cancel(h / entry.args[0])
+                if not group.free_symbols & h.free_symbols and group.is_integer:
+                    return (positions.pop(entry),)
+        return None
+
+    def heads_of(self, operand: Operand) -> sympy.Expr:
+        shape = shape_exprs(tensor(operand.node))
+        return sympy.Mul(*[shape[i] for i in operand.groups[1]])
+
+
+def choose_operands(
+    roles: Roles, q: list[Candidate], k: list[Candidate], v: list[Candidate], out_dtype: torch.dtype, product: Node
+) -> tuple[tuple[Operand, Operand, Operand], sympy.Expr]:
+    """The innermost tensors that are arranged as one attention's q, k and v and share a dtype that loses nothing."""
+
+    def arranged(candidates: list[Candidate], row: sympy.Expr, column: sympy.Expr) -> list[tuple[Candidate, Operand]]:
+        pairs = ((c, roles.group(c.index, row, column)) for c in candidates)
+        return [(c, dataclasses.replace(o, node=c.node)) for c, o in pairs if o is not None]
+
+    qs = [x for x in arranged(q, roles.q, roles.e) if _spans(roles, x[1])]
+    ks, vs = arranged(k, roles.k, roles.e), arranged(v, roles.k, roles.d)
+    dtypes = [d for d in (torch.float16, torch.bfloat16, torch.float32) if _keeps(d, out_dtype, product)]
+    seen = {tensor(c.node).dtype for x in (q, k, v) for c in x[:1]}
+    for dtype in dtypes:
+        by_dtype = [[x for x in xs if tensor(x[0].node).dtype == dtype] for xs in (qs, ks, vs)]
+        if not all(by_dtype):
+            continue
+        chosen_q = by_dtype[0][-1]
+        for chosen_k in reversed(by_dtype[1]):
+            for chosen_v in reversed(by_dtype[2]):
+                if roles.heads_of(chosen_k[1]) == roles.heads_of(chosen_v[1]):
+                    factor = chosen_q[0].factor * chosen_k[0].factor
+                    return (chosen_q[1], chosen_k[1], chosen_v[1]), factor
+    if not (qs and ks and vs):
+        missing = [n for n, x in (("q", qs), ("k", ks), ("v", vs)) if not x]
+        raise Rejected(Reason.LAYOUT, f"the axes of {', '.join(missing)} are not those of an attention")
+    if seen - set(_FLOATS) or len(seen) > 1 or not dtypes:
+        raise Rejected(Reason.DTYPE, "seen: " + ", ".join(sorted(str(d).removeprefix("torch.") for d in seen)))
+    raise Rejected(Reason.LAYOUT, "k and v have different head counts")
+
+
+def _spans(roles: Roles, operand: Operand) -> bool:
+    """The query has every head (its batch axis may be broadcast)."""
+    return len(operand.groups[1]) == len([1 for n, s in roles.heads if s != 1])
+
+
+def _keeps(dtype: torch.dtype, out_dtype: torch.dtype, product: Node) -> bool:
+    """Whether computing with operands of ``dtype`` loses nothing that the user's result has."""
+    if dtype.itemsize >= out_dtype.itemsize:
+        return dtype.itemsize > out_dtype.itemsize or dtype == out_dtype
+    return all(_narrowed_to(u, dtype) for u in users_of(product))
+
+
+def _narrowed_to(user: Node, dtype: torch.dtype) -> bool:
+    if packet(user) in (aten._to_copy, aten.to, aten.type_as):
+        return tensor(user).dtype == dtype
+    if packet(user) in LAYOUT_OPS:
+        return bool(users_of(user)) and all(_narrowed_to(u, dtype) for u in users_of(user))
+    return False

@@ -1,0 +1,94 @@
+"""Masks and biases: each thing added to the scores or written over them as an operand, and what they prove together."""
+
+import dataclasses
+
+import sympy
+import torch
+from torch.fx import Node
+
+from .algebra import Algebra, to_number
+from .indices import Index, Space
+from .layouts import layout_step
+from .masks import FULL, Axes, Mask, no_row_is_empty, prove
+from .operands import Roles
+from .reasons import Reason
+from .scores import Added, Hidden, leaves, visible_where
+from .spec import Empty, Operand, Rejected, Term, TermKind
+
+aten = torch.ops.aten
+
+# A finite value this low swallows any score added to it, in float64 too; a higher one is an offset to softmax.
+SWALLOWS = -(2.0**60)
+
+
+def read_terms(
+    algebra: Algebra, raw: tuple[Added | Hidden, ...], roles: Roles, axes: Axes
+) -> tuple[tuple[Term, ...], Mask, Empty]:
+    """The terms as operands, the mask that they prove together, and what an empty row gives."""
+    space = algebra.space
+    terms: list[Term] = []
+    kinds: list[Empty] = []
+    conditions = []
+    for raw_term in raw:
+        condition = visible_where(algebra, raw_term)
+        window = None
+        if condition is not None:
+            conditions.append(condition)
+            proved = prove(space, condition, axes)
+            window = proved if proved.is_window else None
+            if window == FULL:
+                continue
+        operand = _side_operand(space, raw_term, roles)
+        if isinstance(raw_term, Hidden):
+            kind = TermKind.DROP if raw_term.hides else TermKind.KEEP
+            terms.append(Term(kind, operand, window, fill=float(raw_term.fill)))
+            kinds.append(Empty.MEAN if raw_term.fill.is_finite else Empty.NAN)
+            continue
+        if not raw_term.coefficient.is_number:
+            raise Rejected(Reason.TENSOR_SCALE, f"what is added to the scores is scaled by {raw_term.coefficient}")
+        empty = _added_empty(algebra, raw_term) if condition is not None else Empty.NAN_SCORES
+        kind = TermKind.MASK if condition is not None and empty is not None else TermKind.BIAS
+        swallows = condition is None or empty is not None
+        terms.append(Term(kind, operand, window, float(raw_term.coefficient), swallows=swallows))
+        kinds.append(empty or Empty.NAN_SCORES)
+    mask = prove(space, sympy.And(*conditions), axes)
+    if mask.nothing_visible:
+        raise Rejected(Reason.EMPTY_ROWS, "every key of every query is masked")
+    if all(t.window is not None for t in terms) and no_row_is_empty(mask, axes):
+        return tuple(terms), mask, Empty.IMPOSSIBLE
+    several = set(kinds)
+    if len(several) == 1 and (len(kinds) == 1 or kinds[0] not in (Empty.MEAN, Empty.MEAN_SCORES)):
+        empty = kinds[0]
+    elif len(several) == 1 and len({t.fill for t in terms}) == 1 and kinds[0] is Empty.MEAN:
+        empty = Empty.MEAN
+    else:
+        empty = Empty.NAN_SCORES if several <= {Empty.NAN, Empty.NAN_SCORES} else Empty.AS_WRITTEN
+    return tuple(terms), mask, empty
+
+
+def _added_empty(algebra: Algebra, term: Added) -> Empty | None:
+    """What an added mask makes of an empty row; None for an offset small enough that softmax sees the scores."""
+    values = [v * term.coefficient for v in leaves(to_number(algebra.value(term.node, term.index))) if not v.is_zero]
+    if all(v == -sympy.oo for v in values):
+        return Empty.NAN_SCORES
+    if len(set(values)) == 1 and values[0].is_finite and float(values[0]) <= SWALLOWS:
+        return Empty.MEAN_SCORES
+    return None
+
+
+def _side_operand(space: Space, term: Added | Hidden, roles: Roles) -> Operand:
+    """A mask or bias as a tensor that broadcasts to [B, H, Sq, Sk]."""
+    node, index = term.node, term.index
+    found = None
+    step: tuple[Node, Index] | None = (node, index)
+    while step is not None:
+        operand = roles.group(step[1], roles.q, roles.k)
+        if operand is not None and len(operand.groups[1]) in (0, len([1 for _, s in roles.heads if s != 1])):
+            if not any(isinstance(e, sympy.floor) for e in step[1]):
+                found = dataclasses.replace(operand, node=step[0])
+        step = layout_step(space, *step)
+    if found is None:
+        raise Rejected(
+            Reason.LAYOUT, f"the axes of '{node.name}', applied to the scores, are not those of an attention"
+        )
+    return found

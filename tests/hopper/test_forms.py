@@ -1,0 +1,49 @@
+"""Every spelling on the GPU: fused onto the Hopper kernel where it can run it, as exact as eager wherever it runs."""
+
+import pytest
+import torch
+
+from tests.forms import forms
+from tests.forms.harness import assert_as_good_as_eager, fuse, run
+
+hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = pytest.mark.skipif(not hopper, reason="needs an sm_90 GPU")
+
+# Masks that the forward kernel does not take yet; they run on scaled_dot_product_attention.
+KERNEL_MASKS = ("full", "causal")
+
+
+@pytest.fixture(autouse=True)
+def kernel_sizes(monkeypatch):
+    """Head dim and lengths that the kernel has, odd ones among them."""
+    monkeypatch.setattr(forms, "D", 64)
+    monkeypatch.setattr(forms, "S", 131)
+    torch.manual_seed(torch.seed())
+
+
+def on_gpu(args: list) -> list:
+    return [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("form", [f for f in forms.FORMS if f.reason is None], ids=lambda f: f.name)
+def test_fused(form, dtype):
+    compiled, report = fuse(form.fn)
+    args = on_gpu(form.args())
+    ours = run(compiled, args, dtype, form.grads)
+    assert_as_good_as_eager(
+        ours, run(form.fn, args, dtype, form.grads), run(form.fn, args, torch.float64, form.grads), dtype
+    )
+    (site,) = report.sites
+    kernel = form.mask.startswith(KERNEL_MASKS) and "&" not in form.mask and dtype != torch.float32
+    assert (site.status, site.mask, site.target) == ("fused", form.mask, "hopper" if kernel else "sdpa"), site.verdict
+
+
+@pytest.mark.parametrize("form", [f for f in forms.FORMS if f.reason is not None], ids=lambda f: f.name)
+def test_left_alone(form):
+    compiled, report = fuse(form.fn)
+    args = on_gpu(form.args())
+    ours, eager = run(compiled, args, torch.float32, form.grads), run(form.fn, args, torch.float32, form.grads)
+    for mine, theirs in zip([ours.out, *ours.grads], [eager.out, *eager.grads], strict=True):
+        torch.testing.assert_close(mine, theirs, equal_nan=True)
+    assert [s.reason for s in report.sites] == [form.reason]
