@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from . import tracing
 from .opaque import EXPANSIONS
@@ -115,13 +116,17 @@ class _Recorder(torch.fx.Interpreter):
         if target == "item" and isinstance(known, torch.SymFloat):
             # A float of the model that Dynamo made an input (a scale, a dropout probability): its value is guarded.
             return float(known)
-        if target in HOOKS:
+        if target in _HOOKS:
             return args[0].detach()
         return super().call_method(target, args, kwargs)
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        if getattr(target, "__name__", "") in HOOKS:
-            return args[0].detach()  # an operation of its own, so that nothing is fused across the hook
+        if getattr(target, "__name__", "") in _HOOKS:
+            return args[0].detach()
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            # Its gradient may be its own (an autograd.Function), so nothing is to be fused across it.
+            result = super().call_function(target, args, kwargs)
+            return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, result)
         expansion = EXPANSIONS.get(target)
         return expansion(*args, **kwargs) if expansion is not None else super().call_function(target, args, kwargs)
 
@@ -160,8 +165,8 @@ def _traced(result: Any, tracer: Any) -> Any:
     return tracing.traced_node(result, tracer)
 
 
-# What watches a tensor of autograd's rather than computes one.
-HOOKS = ("register_hook", "retain_grad", "register_post_accumulate_grad_hook", "requires_grad_")
+# What watches a tensor of autograd's rather than computes one. A detach stands for it, across which nothing is fused.
+_HOOKS = ("register_hook", "retain_grad", "register_post_accumulate_grad_hook", "requires_grad_")
 
 _INPLACE_OPERATORS = {getattr(operator, name.strip("_")) for name in dir(operator) if name.startswith("__i")} - {
     operator.inv,

@@ -6,6 +6,7 @@ stays the user's own graph, so aliasing, mutation, autocast and no_grad regions 
 """
 
 import contextlib
+import functools
 import math
 import operator
 from typing import Any, NamedTuple
@@ -16,10 +17,10 @@ from torch.fx import Node
 
 from . import ops, tracing  # noqa: F401  (registers fa3::attention)
 from .capture import Capture, may_write
+from .patterns.layouts import packet
 from .patterns.masks import Mask
 from .patterns.reasons import Reason
 from .patterns.spec import AttentionSpec, Empty, Operand, Rejected, TermKind
-from .patterns.terms import SWALLOWS
 from .plan import Plan, seqlen_offset
 
 aten = torch.ops.aten
@@ -49,6 +50,8 @@ class Splicer:
             return
         values = dict(self._rebuilt.get(place, {}))
         emit = _Emitter(self.capture, place, values, self.mode)
+        if emit.trains:
+            self._check_grad_mode(place, interior)
         try:
             out = _attention(emit, spec, plan)
             values[spec.result] = _restore(emit, out, spec)
@@ -58,6 +61,23 @@ class Splicer:
             raise
         self._rebuilt[place] = values
         self._removed.update(n for value in interior for n in self.capture.held_by(value))
+
+    def _check_grad_mode(self, place: Node, interior: tuple[Node, ...]) -> None:
+        """The gradient of the fused attention is that of the user's only if all of it is under one grad mode."""
+        modes = self._grad_modes
+        for value in interior:
+            origin = self.capture.origin(value)
+            if origin is not None and modes[origin] != modes[place]:
+                raise Rejected(Reason.GRAD_MODE, f"'{origin.name}' and '{place.name}' are in different grad modes")
+
+    @functools.cached_property
+    def _grad_modes(self) -> dict[Node, bool]:
+        mode, modes = torch.is_grad_enabled(), {}
+        for node in self.graph.nodes:
+            if getattr(node.target, "__name__", "") == "_set_grad_enabled":
+                mode = bool(node.args[0])
+            modes[node] = mode
+        return modes
 
     def _replace(self, emit: "_Emitter", place: Node, spec: AttentionSpec) -> None:
         """Give every user of ``place`` the values computed from the new attention."""
@@ -160,7 +180,7 @@ class _Emitter:
             )
         if value.op == "get_attr":
             return self._attribute(value)
-        if value.op != "call_function":
+        if value.op != "call_function" or packet(value) is aten.detach:  # detach also stands for what capture hides
             raise Rejected(Reason.OPAQUE, f"'{value.name}' cannot be computed again")
         random = (
             isinstance(value.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in value.target.tags
@@ -331,27 +351,38 @@ def _shape_scores(emit: _Emitter, spec: AttentionSpec, plan: Plan, q: Node) -> _
     if bias is None:
         needs_rows = plan.empty not in (Empty.IMPOSSIBLE, Empty.ZERO)
         return _Shaped(q, None, mask, emit.call("any", mask, -1, keepdim=True) if needs_rows else None)
-    dtype = fake_value(q).dtype
-    if fake_value(bias).dtype not in (dtype, torch.float32):
-        bias = emit.call("to", bias, dtype)
     if plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO):
-        return _Shaped(q, bias, mask, None)
+        return _Shaped(q, _as_mask_dtype(emit, spec, bias, q), mask, None)
     masked = emit.call("detach", bias if mask is None else emit.call(torch.where, mask, bias, -math.inf))
     top = emit.call("amax", masked, -1, keepdim=True)
     # A row far below zero (a finite mask over all its keys) loses the scores in the rounding of its log-sum-exp, on
     # which the backward relies. Softmax ignores an offset, so the row is lifted.
     is_low = emit.call(operator.lt, top, _LOW)
-    if any(t.swallows for t in spec.terms):
+    lift = emit.call(torch.where, is_low, top, 0.0)
+    swallows = [t.swallows for t in spec.terms if t.swallows is not None]
+    if swallows:
         # Lower still and it swallows its scores: equal weights for the keys at its top. Zero queries give the same.
-        swallowed = emit.call(
-            torch.logical_and, emit.call(operator.lt, top, SWALLOWS), emit.call(operator.gt, top, -math.inf)
-        )
-        is_low = emit.call(torch.logical_and, is_low, emit.call(operator.ge, top, SWALLOWS))
+        is_finite = emit.call(operator.gt, top, -math.inf)
+        swallowed = emit.call(torch.logical_and, emit.call(operator.lt, top, max(swallows)), is_finite)
         q = emit.call("masked_fill", q, swallowed, 0.0)
-        level = emit.call(torch.where, emit.call(operator.eq, masked, top), 0.0, -math.inf)
-        bias = emit.call(torch.where, swallowed, level, bias)
-    bias = emit.call(operator.sub, bias, emit.call(torch.where, is_low, top, 0.0))
-    return _Shaped(q, bias, mask, emit.call(operator.gt, top, -math.inf))
+        below_top = emit.call(torch.logical_and, swallowed, emit.call(operator.lt, masked, top))
+        bias = emit.call("masked_fill", bias, below_top, -math.inf)
+    row_seen = emit.call(operator.gt, top, -math.inf)
+    lift = emit.call("masked_fill", lift, emit.call(torch.logical_not, row_seen), 0.0)
+    bias = emit.call(operator.sub, bias, lift)
+    return _Shaped(q, _as_mask_dtype(emit, spec, bias, q), mask, row_seen)
+
+
+def _as_mask_dtype(emit: _Emitter, spec: AttentionSpec, bias: Node, q: Node) -> Node:
+    """The bias in a dtype that scaled_dot_product_attention takes beside q, if it loses nothing by that."""
+    wanted, dtype = fake_value(q).dtype, fake_value(bias).dtype
+    on_cpu = fake_value(q).device.type == "cpu"
+    if dtype == wanted or (on_cpu and dtype == torch.float32):
+        return bias
+    known = all(t.known for t in spec.terms if t.kind is TermKind.BIAS)
+    if not known and torch.promote_types(dtype, wanted) != wanted:
+        raise Rejected(Reason.DTYPE, f"a {dtype} bias, which the fused kernels would round to {wanted}")
+    return emit.call("to", bias, wanted)
 
 
 _LOW = -1e3

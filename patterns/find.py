@@ -452,7 +452,7 @@ def _read_sdpa(algebra: Algebra, node: Node) -> tuple[AttentionSpec, tuple[Node,
         if tensor(attn_mask).dtype == torch.bool:
             raw = (Hidden(attn_mask, index, False, -sympy.oo),)
         else:
-            raw = (Added(attn_mask, index, sympy.Integer(1)),)
+            raw = (Added(attn_mask, index, sympy.Integer(1), torch.float32),)
     terms, mask, empty = read_terms(algebra, raw, roles, axes)
     if is_causal:
         mask = Mask(mask.window_left, ZERO, mask.rest)

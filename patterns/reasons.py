@@ -20,6 +20,7 @@ class Reason(enum.Enum):
     DTYPE = "the dtype is not one that a fused attention computes without loss"
     MUTATED = "a tensor that the attention reads is written to in place before the attention runs"
     OPAQUE = "the attention is inside an operation that cannot be taken apart"
+    GRAD_MODE = "part of the attention is computed without gradients (no_grad) and part with them"
     USER_BACKEND = "the user's code chose the attention backend itself (sdpa_kernel)"
     DEVICE = "the tensors are not all on one device"
     NESTED = "nested tensors are not handled"

@@ -28,11 +28,12 @@ MASK_THRESHOLD = -1e4
 
 @dataclasses.dataclass(frozen=True)
 class Added:
-    """``coefficient * node[index]`` added to the scores."""
+    """``coefficient * node[index]`` added to the scores; ``dtype`` is the sum's."""
 
     node: Node
     index: Index
     coefficient: sympy.Expr
+    dtype: torch.dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,8 @@ def _from_product(algebra: Algebra, node: Node, index: Index) -> Scores:
     terms: tuple[Added | Hidden, ...] = ()
     if product.added is not None:
         beta = algebra.value(product.beta, ())
-        terms = _split_sum(algebra, product.added, broadcast_index(index, shape_exprs(tensor(product.added))), beta)
+        added_index = broadcast_index(index, shape_exprs(tensor(product.added)))
+        terms = _split_sum(algebra, product.added, added_index, beta, tensor(node).dtype)
     return Scores(product, alpha, terms, (node,), (str(packet(node)).partition(".")[2],))
 
 
@@ -185,11 +187,13 @@ def _added(algebra: Algebra, node: Node, index: Index) -> Scores:
     if factors[position] != 1:
         raise NotScores(Reason.SCORE_OP, f"'{node.name}' subtracts the scores")
     other, other_index = operands[1 - position]
-    terms = _split_sum(algebra, other, other_index, factors[1 - position])
+    terms = _split_sum(algebra, other, other_index, factors[1 - position], tensor(node).dtype)
     return _extend(scores, node, "+ mask", terms=scores.terms + terms)
 
 
-def _split_sum(algebra: Algebra, node: Any, index: Index, coefficient: sympy.Expr) -> tuple[Added, ...]:
+def _split_sum(
+    algebra: Algebra, node: Any, index: Index, coefficient: sympy.Expr, dtype: torch.dtype
+) -> tuple[Added, ...]:
     """A sum that is added to the scores, as its summands: each is proved on its own."""
     if not _is_tensor(node):
         value = algebra.value(node, ())
@@ -206,8 +210,8 @@ def _split_sum(algebra: Algebra, node: Any, index: Index, coefficient: sympy.Exp
         inner, inner_index = step
     if packet(inner) is aten.add and argument(inner, 2, "alpha", 1) == 1 and all(_is_tensor(x) for x in inner.args[:2]):
         parts = [(x, broadcast_index(inner_index, shape_exprs(tensor(x)))) for x in inner.args[:2]]
-        return tuple(t for x, i in parts for t in _split_sum(algebra, x, i, coefficient))
-    return (Added(node, index, coefficient),)
+        return tuple(t for x, i in parts for t in _split_sum(algebra, x, i, coefficient, dtype))
+    return (Added(node, index, coefficient, dtype),)
 
 
 def _hidden(algebra: Algebra, node: Node, index: Index) -> Scores:

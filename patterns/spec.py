@@ -61,7 +61,8 @@ class Term:
     """One tensor that shapes the scores, in the order in which the user's code applies them.
 
     ``window`` is set where the term is nothing but a proved window, ``fill`` is what KEEP and DROP write over hidden
-    scores. ``swallows`` is whether an added value may be so low that nothing is left of the score it is added to.
+    scores. ``swallows`` is the value below which an added one leaves nothing of the score that it is added to, None if
+    none is that low. ``known`` is whether its values are known to be 0 or those of a mask.
     """
 
     kind: TermKind
@@ -69,7 +70,8 @@ class Term:
     window: Mask | None = None
     coefficient: float = 1.0
     fill: float = -math.inf
-    swallows: bool = True
+    swallows: float | None = None
+    known: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

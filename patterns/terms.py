@@ -17,8 +17,10 @@ from .spec import Empty, Operand, Rejected, Term, TermKind
 
 aten = torch.ops.aten
 
-# A finite value this low swallows any score added to it, in float64 too; a higher one is an offset to softmax.
-SWALLOWS = -(2.0**60)
+
+def swallows_below(dtype: torch.dtype) -> float:
+    """Added to a value below this in ``dtype``, a score of usual size (up to 16) is lost in the rounding."""
+    return -32.0 / torch.finfo(dtype).eps
 
 
 def read_terms(
@@ -48,8 +50,9 @@ def read_terms(
             raise Rejected(Reason.TENSOR_SCALE, f"what is added to the scores is scaled by {raw_term.coefficient}")
         empty = _added_empty(algebra, raw_term) if condition is not None else Empty.NAN_SCORES
         kind = TermKind.MASK if condition is not None and empty is not None else TermKind.BIAS
-        swallows = condition is None or empty is not None
-        terms.append(Term(kind, operand, window, float(raw_term.coefficient), swallows=swallows))
+        known = condition is not None
+        swallows = None if known and empty is None else swallows_below(raw_term.dtype)
+        terms.append(Term(kind, operand, window, float(raw_term.coefficient), swallows=swallows, known=known))
         kinds.append(empty or Empty.NAN_SCORES)
     mask = prove(space, sympy.And(*conditions), axes)
     if mask.nothing_visible:
@@ -71,7 +74,7 @@ def _added_empty(algebra: Algebra, term: Added) -> Empty | None:
     values = [v * term.coefficient for v in leaves(to_number(algebra.value(term.node, term.index))) if not v.is_zero]
     if all(v == -sympy.oo for v in values):
         return Empty.NAN_SCORES
-    if len(set(values)) == 1 and values[0].is_finite and float(values[0]) <= SWALLOWS:
+    if len(set(values)) == 1 and values[0].is_finite and float(values[0]) <= swallows_below(term.dtype):
         return Empty.MEAN_SCORES
     return None
 

@@ -523,6 +523,36 @@ def hook_on_scores(q, k, v):
     return s.softmax(-1) @ v
 
 
+class DoubledGradient(torch.autograd.Function):
+    """The identity, with twice the gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 2
+
+
+@form(reason=Reason.SCORE_OP)
+def scores_with_a_gradient_of_their_own(q, k, v):
+    return DoubledGradient.apply(q @ k.mT * 0.25).softmax(-1) @ v
+
+
+@form("full")
+def operands_with_a_gradient_of_their_own(q, k, v):
+    q, k, v = DoubledGradient.apply(q), DoubledGradient.apply(k), DoubledGradient.apply(v)
+    return torch.softmax(q @ k.mT * 0.25, -1) @ v
+
+
+@form(reason=Reason.GRAD_MODE)
+def scores_without_gradient(q, k, v):
+    with torch.no_grad():
+        s = q @ k.mT * 0.25
+    return s.softmax(-1) @ v
+
+
 @form(reason=Reason.SCORE_OP)
 def detached_scores(q, k, v):
     return (q @ k.mT * 0.25).detach().softmax(-1) @ v
