@@ -1,13 +1,16 @@
-"""`python -m fa3_inductor.bench forward`: the kernels beside PyTorch's own, on a Hopper GPU.
+"""The kernels and whole models beside PyTorch's own, on a Hopper GPU.
 
-16384 tokens of width 2048, BF16, as in FlashAttention-3's paper. Kernel times are medians over replays of a CUDA graph;
+`python -m fa3_inductor.bench forward`: 16384 tokens of width 2048, BF16, as in FlashAttention-3's paper. Kernel times are medians over replays of a CUDA graph;
 TFLOP/s counts 4 * B * H * S^2 * D, halved for causal. `--peers DIR` adds FlashAttention-3 itself, from a wheel of
 fa3-fwd in DIR. Nothing is timed before it has been compared with float64.
+
+`python -m fa3_inductor.bench model`: transformers' Llama compiled by stock Inductor and by the pass; whole calls, medians.
 """
 
 import argparse
 import functools
 import glob
+import itertools
 import json
 import os
 import sys
@@ -102,19 +105,86 @@ def forward(seqlens: list[int], peers: str | None) -> list[dict]:
     return rows
 
 
+def llama(implementation: str, training: bool) -> torch.nn.Module:
+    """transformers' Llama with random weights: 4 layers, hidden 2048, 16 heads of 128, 4 KV heads, BF16."""
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        vocab_size=32000,
+        max_position_embeddings=65536,
+        attn_implementation=implementation,
+    )
+    with torch.device("cuda"):
+        return (LlamaForCausalLM if training else LlamaModel)(config).bfloat16().train(training)
+
+
+def step_ms(step: Callable) -> tuple[float, float]:
+    """Median time of a whole call in milliseconds, and peak memory in GiB."""
+    for _ in range(3):
+        step()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(10):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2], torch.cuda.max_memory_allocated() / 2**30
+
+
+def model(_seqlens: list[int], _peers: str | None) -> list[dict]:
+    """A whole model through ``torch.compile``: stock Inductor beside the pass, for both of transformers' attentions."""
+    from fa3_inductor.backend import fa3_inductor as backend
+
+    rows = []
+    print(f"{'':10} {'S':>6} {'attention':10} {'backend':13} {'ms':>7} {'GiB':>6}")
+    for training, seqlen in ((False, 8192), (False, 16384), (True, 8192)):
+        ids = torch.randint(0, 32000, (1, seqlen), device="cuda")
+        for implementation, name in itertools.product(("eager", "sdpa"), ("inductor", "fa3_inductor")):
+            torch._dynamo.reset()
+            network = llama(implementation, training)
+            compiled = torch.compile(network, backend=backend if name == "fa3_inductor" else name)
+
+            def step(network=network, compiled=compiled, ids=ids, training=training):
+                if training:
+                    network.zero_grad(set_to_none=True)
+                    compiled(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+                else:
+                    with torch.no_grad():
+                        compiled(input_ids=ids, use_cache=False)
+
+            what = "training" if training else "inference"
+            try:
+                ms, gib = step_ms(step)
+            except torch.OutOfMemoryError:
+                ms = gib = float("nan")
+            rows.append(dict(what=what, seqlen=seqlen, attention=implementation, backend=name, ms=ms, gib=gib))
+            print(f"{what:10} {seqlen:6} {implementation:10} {name:13} {ms:7.1f} {gib:6.2f}", flush=True)
+            del network, compiled, step
+            torch.cuda.empty_cache()
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fa3_inductor.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["forward"])
+    parser.add_argument("what", choices=["forward", "model"])
     parser.add_argument("--seqlens", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--peers", metavar="DIR", help="folder with a wheel of fa3-fwd")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there")
     args = parser.parse_args()
     torch.manual_seed(0)
-    rows = forward(args.seqlens, args.peers)
+    rows = {"forward": forward, "model": model}[args.what](args.seqlens, args.peers)
     if args.json:
         versions = dict(torch=torch.__version__, triton=triton.__version__, cudnn=torch.backends.cudnn.version())
         with open(args.json, "w") as file:
-            json.dump(dict(device=torch.cuda.get_device_name(), **versions, unit="TFLOP/s", rows=rows), file, indent=1)
+            json.dump(dict(device=torch.cuda.get_device_name(), **versions, rows=rows), file, indent=1)
 
 
 if __name__ == "__main__":
