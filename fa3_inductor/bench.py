@@ -1,10 +1,11 @@
 """The kernels and whole models beside PyTorch's own, on a Hopper GPU.
 
-`python -m fa3_inductor.bench forward`: 16384 tokens of width 2048, BF16, as in FlashAttention-3's paper. Kernel times are medians over replays of a CUDA graph;
-TFLOP/s counts 4 * B * H * S^2 * D, halved for causal. `--peers DIR` adds FlashAttention-3 itself, from a wheel of
-fa3-fwd in DIR. Nothing is timed before it has been compared with float64.
+`python -m fa3_inductor.bench forward`: 16384 tokens of width 2048, BF16, as in FlashAttention-3's paper. Kernel times
+are medians over replays of a CUDA graph; TFLOP/s counts 4 * B * H * S^2 * D, halved for causal. `--peers DIR` adds
+FlashAttention-3 itself, from a wheel of fa3-fwd in DIR. Nothing is timed before it has been compared with float64.
 
-`python -m fa3_inductor.bench model`: transformers' Llama compiled by stock Inductor and by the pass; whole calls, medians.
+`python -m fa3_inductor.bench model`: Llama of transformers through `torch.compile`, stock Inductor and the pass; medians
+of whole calls.
 """
 
 import argparse
