@@ -4,7 +4,7 @@
 are medians over replays of a CUDA graph; TFLOP/s counts 4 * B * H * S^2 * D, halved for causal. `--peers DIR` adds
 FlashAttention-3 itself, from a wheel of fa3-fwd in DIR. Nothing is timed before it has been compared with float64.
 
-`python -m fa3_inductor.bench model`: Llama of transformers through `torch.compile`, stock Inductor and the pass; medians
+`python -m fa3_inductor.bench model`: a Llama of transformers through `torch.compile`, stock and with the pass; medians
 of whole calls.
 """
 

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from . import tracing
 from .opaque import EXPANSIONS
+from .patterns.layouts import NO_GRAD
 
 
 class CaptureError(RuntimeError):
@@ -36,6 +38,7 @@ class Capture:
         Node, list[tuple[int, Any]]
     ]  # source node -> [(since which source node, ATen node or tuple of them)]
     _order: dict[Node, int]
+    grad_modes: dict[Node, bool]
     _sources: dict[Node, list[Node]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -74,6 +77,44 @@ class Capture:
         return list(self._sources.get(value, ()))
 
 
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+class _Autocast(TorchFunctionMode):
+    """Makes the casts of autocast visible: a trace from before autograd is from before autocast too, and enters none.
+
+    Only those to 16 bits matter here, of the products; what autocast keeps in fp32 the matcher reads as it stands.
+    """
+
+    _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "mm", "addmm", "einsum", "linear"}
+    _PRODUCTS |= {"scaled_dot_product_attention"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._entered: list[tuple[str, torch.dtype | None, bool]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "_enter_autocast":
+            device_type, dtype, enabled = args[:3]
+            self._entered.append((device_type, dtype, enabled))
+        elif name == "_exit_autocast":
+            self._entered.pop()
+        elif name in self._PRODUCTS:
+            args, kwargs = pytree.tree_map_only(torch.Tensor, self._cast, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _cast(self, x: torch.Tensor) -> torch.Tensor:
+        kind = x.device.type
+        if kind == "meta" or x.dtype not in (torch.float32, *_HALVES):
+            return x
+        for device_type, dtype, enabled in reversed(self._entered):
+            if device_type == kind:
+                return x.to(dtype or torch.get_autocast_dtype(kind)) if enabled else x
+        return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class _Recorder(torch.fx.Interpreter):
     """Runs the Dynamo graph under capture and notes which traced node every value is."""
 
@@ -91,7 +132,8 @@ class _Recorder(torch.fx.Interpreter):
         """Run with the values of the module's own tensors after those of the graph inputs."""
         count = len(args) - len(self._attributes)
         self._attributes = dict(zip(self._attributes, args[count:], strict=True))
-        return self.run(*args[:count])
+        with _Autocast():
+            return self.run(*args[:count])
 
     def get_attr(self, target: str, args: tuple, kwargs: dict) -> Any:
         return self._attributes[target] if target in self._attributes else super().get_attr(target, args, kwargs)
@@ -218,12 +260,24 @@ def capture(gm: GraphModule) -> Capture:
         where = f" at '{at.name}' ({at.target})" if at is not None else ""
         message = str(error).strip().partition("\n")[0]
         raise CaptureError(f"{type(error).__name__}{where}: {message}") from error
+    modes = grad_modes(gm)
     for node in view.graph.nodes:
         if node in recorder.origins:
             node.meta["fa3_origin"] = recorder.origins[node]
+            node.meta[NO_GRAD] = not modes[recorder.origins[node]] and any(modes.values())
     captured_inputs = dict(zip(view.graph.find_nodes(op="placeholder"), placeholders, strict=False))
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
-    return Capture(gm, view, time.perf_counter() - start, captured_inputs, recorder.history, order)
+    return Capture(gm, view, time.perf_counter() - start, captured_inputs, recorder.history, order, modes)
+
+
+def grad_modes(gm: GraphModule) -> dict[Node, bool]:
+    """Whether each node of a Dynamo graph runs with gradients enabled."""
+    mode, modes = torch.is_grad_enabled(), {}
+    for node in gm.graph.nodes:
+        if getattr(node.target, "__name__", "") == "_set_grad_enabled":
+            mode = bool(node.args[0])
+        modes[node] = mode
+    return modes
 
 
 def _fake_inputs(placeholders: list[Node]) -> list[Any]:

@@ -6,7 +6,6 @@ stays the user's own graph, so aliasing, mutation, autocast and no_grad regions 
 """
 
 import contextlib
-import functools
 import math
 import operator
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from torch.fx import Node
 
 from . import ops, tracing  # noqa: F401  (registers fa3::attention)
 from .capture import Capture, may_write
-from .patterns.layouts import packet
+from .patterns.layouts import NO_GRAD, packet
 from .patterns.masks import Mask
 from .patterns.reasons import Reason
 from .patterns.spec import AttentionSpec, Empty, Operand, Rejected, TermKind
@@ -48,6 +47,8 @@ class Splicer:
             raise Rejected(Reason.OPAQUE, f"'{spec.result.name}' comes from no operation of the graph")
         if spec.is_sdpa and plan.target == "sdpa" and not _simplifies(spec):
             return
+        if place.kwargs.get("out") is not None:
+            raise Rejected(Reason.OPAQUE, f"'{place.name}' writes its result into a tensor of the user's (out=)")
         values = dict(self._rebuilt.get(place, {}))
         emit = _Emitter(self.capture, place, values, self.mode)
         if emit.trains:
@@ -64,20 +65,10 @@ class Splicer:
 
     def _check_grad_mode(self, place: Node, interior: tuple[Node, ...]) -> None:
         """The gradient of the fused attention is that of the user's only if all of it is under one grad mode."""
-        modes = self._grad_modes
+        result = interior[-1].meta.get(NO_GRAD, False)
         for value in interior:
-            origin = self.capture.origin(value)
-            if origin is not None and modes[origin] != modes[place]:
-                raise Rejected(Reason.GRAD_MODE, f"'{origin.name}' and '{place.name}' are in different grad modes")
-
-    @functools.cached_property
-    def _grad_modes(self) -> dict[Node, bool]:
-        mode, modes = torch.is_grad_enabled(), {}
-        for node in self.graph.nodes:
-            if getattr(node.target, "__name__", "") == "_set_grad_enabled":
-                mode = bool(node.args[0])
-            modes[node] = mode
-        return modes
+            if value.meta.get(NO_GRAD, False) != result:
+                raise Rejected(Reason.GRAD_MODE, f"'{value.name}' and '{place.name}' are in different grad modes")
 
     def _replace(self, emit: "_Emitter", place: Node, spec: AttentionSpec) -> None:
         """Give every user of ``place`` the values computed from the new attention."""
@@ -137,7 +128,8 @@ class _Emitter:
         self.mode = mode
         self.added: list[Node] = []
         inputs = (n.meta.get("example_value") for n in captured.inputs.values())
-        self.trains = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+        wants_gradient = any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+        self.trains = wants_gradient and any(captured.grad_modes.values())
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         graph = self.place.graph
@@ -255,8 +247,7 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
             Reason.EMPTY_ROWS, "masks of several kinds in training; config.empty_rows = 'relaxed' accepts zeros there"
         )
     q, k, v = (emit.operand(x) for x in (spec.q, spec.k, spec.v))
-    k, v = (_expand_batch(emit, x, q) for x in (k, v))
-    q = _expand_batch(emit, q, k)
+    q, k, v = _expand_batch(emit, spec, (q, k, v))
     scale = _scale(emit, spec, q)
     by_window = all(t.window is not None for t in spec.terms)
     if plan.target == "sdpa":
@@ -294,11 +285,15 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
     return _with_empty_rows(emit, spec, plan, out, (q, k, v), row_seen, scale)
 
 
-def _expand_batch(emit: _Emitter, x: Node, like: Node) -> Node:
-    mine, theirs = fake_value(x).shape[0], fake_value(like).shape[0]
-    if is_one(mine) and not is_one(theirs):
-        return emit.call("expand", x, emit.size(like, 0), -1, -1, -1)
-    return x
+def _expand_batch(emit: _Emitter, spec: AttentionSpec, qkv: tuple[Node, Node, Node]) -> list[Node]:
+    """q, k and v with one batch size; a mask may have brought it."""
+    if spec.batch_size == 1:
+        return list(qkv)
+    whole = next((x for x in qkv if not is_one(fake_value(x).shape[0])), None)
+    if whole is None and not spec.batch_size.is_number:
+        raise Rejected(Reason.LAYOUT, "only the mask has the batch axis, and its size is symbolic")
+    size = int(spec.batch_size) if whole is None else emit.size(whole, 0)
+    return [emit.call("expand", x, size, -1, -1, -1) if is_one(fake_value(x).shape[0]) else x for x in qkv]
 
 
 def _scale(emit: _Emitter, spec: AttentionSpec, q: Node) -> Any:
@@ -453,20 +448,9 @@ def _restore(emit: _Emitter, out: Node, spec: AttentionSpec) -> Node:
     return out if fake_value(out).dtype == expected else emit.call("to", out, expected)
 
 
-_VIEWS = ("view", "view_as", "as_strided", "stride", "is_contiguous")
-_MOVES = (
-    "transpose",
-    "permute",
-    "unsqueeze",
-    "squeeze",
-    "view",
-    "expand",
-    "mT",
-    "swapaxes",
-    "movedim",
-    "flatten",
-    "unflatten",
-)
+# Methods that only move axes; after them, ones that make a tensor of their own strides.
+_MOVES = ("transpose", "permute", "unsqueeze", "squeeze", "view", "expand", "swapaxes", "movedim", "unflatten")
+_SETTLES = ("contiguous", "reshape", "flatten")
 
 
 def _needs_layout_of(result: Node, place: Node, new: Node, mode: Any) -> bool:
@@ -478,21 +462,20 @@ def _needs_layout_of(result: Node, place: Node, new: Node, mode: Any) -> bool:
 
 
 def _depends_on_strides(node: Node, value: torch.Tensor, mode: Any) -> bool:
+    """Whether anything but a copy sees the strides: a view that needs them, or an operation that passes them on."""
     for user in node.users:
-        if user.op == "output":
-            return True
         if user.op != "call_method" or user.args[0] is not node:
-            continue
-        if user.target in _VIEWS[1:]:
             return True
-        if user.target not in _MOVES:
+        if user.target in _SETTLES:
             continue
+        if user.target not in _MOVES:
+            return True
         args, kwargs = torch.fx.map_arg((user.args[1:], user.kwargs), fake_value)
         try:
             with mode, torch.no_grad():
                 moved = getattr(value, user.target)(*args, **kwargs)
-        except RuntimeError:  # view size is not compatible
+        except (RuntimeError, ValueError):  # view size is not compatible
             return True
-        if isinstance(moved, torch.Tensor) and _depends_on_strides(user, moved, mode):
+        if _depends_on_strides(user, moved, mode):
             return True
     return False

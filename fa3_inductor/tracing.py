@@ -49,6 +49,10 @@ def trace_before_autograd(run: Callable[..., Any], fake_inputs: list[Any]) -> Gr
         stack.enter_context(torch.fx.traceback.preserve_node_meta())
         stack.enter_context(enable_python_dispatcher())
         stack.enter_context(FunctionalTensorMode(pre_dispatch=True, export=True, _allow_token_discovery=True))
+        stack.callback(
+            torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth,
+            torch._C._functorch.get_dynamic_layer_stack_depth(),
+        )
         view = make_fx(functional, decomposition_table={}, pre_dispatch=True, _disable_torch_fn_metadata_mode=True)(
             *fake_inputs
         )
@@ -128,17 +132,22 @@ def guardable_tensor(placeholder: Node) -> torch.Tensor | None:
 def guard_unchanged(placeholder: Node) -> None:
     """Add a Dynamo guard: the graph input is the very tensor it is now, and has not been written to since.
 
+    What autograd does not see either (a write through ``.data`` or ``.numpy()``) the guard does not see.
+
     Dynamo builds its guards from the tracing context after the backend returns (torch 2.11 to 2.15).
     """
     argument = _argument(placeholder)
     tensor = argument.example
-    guard = Guard(argument.source, functools.partial(_install_unchanged, identity=id(tensor), version=tensor._version))
+    install = functools.partial(
+        _install_unchanged, identity=id(tensor), version=tensor._version, address=tensor.data_ptr()
+    )
+    guard = Guard(argument.source, install)
     TracingContext.get().guards_context.dynamo_guards.add(guard)
 
 
-def _install_unchanged(builder: Any, guard: Guard, identity: int, version: int) -> None:
+def _install_unchanged(builder: Any, guard: Guard, identity: int, version: int, address: int) -> None:
     def unchanged(tensor: Any) -> bool:
-        return id(tensor) == identity and tensor._version == version
+        return id(tensor) == identity and tensor._version == version and tensor.data_ptr() == address
 
     text = f"the buffer {guard.name} is unchanged since its mask was proved (version {version})"
     builder.get_guard_manager(guard).add_lambda_guard(unchanged, [text], guard.user_stack)

@@ -191,14 +191,24 @@ class Algebra:
             nonlocal exact
             if is_condition(v):
                 return lift(leaf, to_number(v))
-            if v.is_number:
-                return _round(v, dtype)
-            if dtype.is_floating_point and not v.has(Opaque):
-                exact = exact and self._counts_exactly(v, dtype)
+            if v.is_number and dtype.is_floating_point:
+                return round_to(v, dtype)
+            if not v.has(Opaque):
+                exact = exact and (self._counts_exactly(v, dtype) if dtype.is_floating_point else self._fits(v, dtype))
             return v
 
         result = lift(leaf, value)
         return result if exact else None
+
+    def _fits(self, value: sympy.Expr, dtype: torch.dtype) -> bool:
+        """Whether an integer dtype holds every value of ``value`` without wrapping around."""
+        bounds = self.space.bounds(value)
+        if bounds is None or not value.is_integer:
+            return dtype == torch.int64 and value.is_integer is not False
+        limits = torch.iinfo(dtype)
+        if all(b.is_number for b in bounds):
+            return bool(limits.min <= bounds[0]) and bool(bounds[1] <= limits.max)
+        return dtype in (torch.int64, torch.int32)  # a symbolic length
 
     def _counts_exactly(self, value: sympy.Expr, dtype: torch.dtype) -> bool:
         limit = _EXACT_INTEGERS.get(dtype)
@@ -225,6 +235,8 @@ class Algebra:
             return self._cast(node, index)
         if kind in _COMPARISONS:
             a, b = (to_number(self.operand(x, index)) for x in node.args[:2])
+            if all(any(isinstance(v, sympy.Expr) and v.has(Opaque) for v in leaves(x)) for x in (a, b)):
+                return None  # either may be NaN, which is not equal to itself
             return lift(lambda x, y: _relation(_COMPARISONS[kind], x, y), a, b)
         if kind in _ARITHMETIC:
             return self._arithmetic(node, index)
@@ -272,8 +284,13 @@ def _is_bool(node: Node) -> bool:
     return tensor(node).dtype == torch.bool
 
 
-def _round(number: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
-    if not dtype.is_floating_point or number in (sympy.nan, sympy.zoo):
+def leaves(value: Value) -> list[sympy.Expr | Boolean]:
+    """Every value that a choice may turn out to be."""
+    return leaves(value.yes) + leaves(value.no) if isinstance(value, Choice) else [value]
+
+
+def round_to(number: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
+    if number in (sympy.nan, sympy.zoo):
         return number
     rounded = torch.tensor(float(number), dtype=torch.float64).to(dtype).item()
     if math.isinf(rounded):
@@ -416,8 +433,9 @@ def _cumsum(algebra: Algebra, node: Node, index: Index) -> Value | None:
     """The running sum of something that does not change along the axis."""
     source, dim = node.args[:2]
     dim %= len(index)
-    term = to_number(algebra.operand(source, index))
-    if isinstance(term, Choice) or term.free_symbols & index[dim].free_symbols or term.has(Opaque):
+    along = algebra.space.symbol("summed", size_expr(tensor(node).shape[dim]))
+    term = to_number(algebra.operand(source, (*index[:dim], along, *index[dim + 1 :])))
+    if isinstance(term, Choice) or term.free_symbols & along.free_symbols or term.has(Opaque):
         return None
     return sympy.expand(term * (index[dim] + 1))
 

@@ -115,6 +115,8 @@ def _walk_down(softmax: Node) -> _Weights | None:
             p, training = node.args[1], argument(node, 2, "train", True)
             if isinstance(p, Node):
                 raise Rejected(Reason.WEIGHTS_OP, "the dropout probability is not known when compiling")
+            if training and p and dropout_p:
+                raise Rejected(Reason.WEIGHTS_OP, "they are dropped out twice")
             if training and p:
                 dropout_p = p
                 words.append("dropout")

@@ -22,12 +22,18 @@ def size_expr(size: int | torch.SymInt | torch.SymFloat | torch.fx.Node | sympy.
         size = size.meta["val"]
     if isinstance(size, (torch.SymInt, torch.SymFloat)):
         expr = size.node.expr
-        # torch's size symbols carry no sign; every size that Dynamo made symbolic is at least one.
-        expr = expr.xreplace({s: sympy.Symbol(s.name, integer=True, positive=True) for s in expr.free_symbols})
+        expr = expr.xreplace({s: _signed(s, size.node.shape_env) for s in expr.free_symbols})
         return expr.replace(
             lambda e: type(e).__name__ in _TORCH_FUNCTIONS, lambda e: _TORCH_FUNCTIONS[type(e).__name__](*e.args)
         )
     return sympy.sympify(size)
+
+
+def _signed(symbol: sympy.Symbol, shape_env: Any) -> sympy.Symbol:
+    """torch's symbol with the sign that its known range gives it: a size is positive, an int argument need not be."""
+    low = shape_env.var_to_range[symbol].lower if symbol in shape_env.var_to_range else -sympy.oo
+    sign = {"positive": True} if low >= 1 else {"nonnegative": True} if low >= 0 else {}
+    return sympy.Symbol(symbol.name, integer=symbol.is_integer is not False, **sign)
 
 
 # torch's own sympy functions, which sympy cannot simplify.
@@ -50,8 +56,9 @@ def is_nonnegative(expr: sympy.Expr) -> bool:
     expr = sympy.expand(expr)
     if expr.is_nonnegative:
         return True
-    # s >= 1 for every size symbol: substituting s = 1 + t makes "4*s - 4" visibly nonnegative.
-    shift = {s: 1 + sympy.Symbol(f"{s.name}_less1", integer=True, nonnegative=True) for s in expr.free_symbols}
+    # s >= 1 for a positive symbol: substituting s = 1 + t makes "4*s - 4" visibly nonnegative.
+    positive = [s for s in expr.free_symbols if s.is_positive]
+    shift = {s: 1 + sympy.Symbol(f"{s.name}_less1", integer=True, nonnegative=True) for s in positive}
     return bool(sympy.expand(expr.xreplace(shift)).is_nonnegative)
 
 

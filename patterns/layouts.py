@@ -15,6 +15,10 @@ from .indices import ZERO, Index, Space, broadcast_index, reshape_index, shape_e
 
 aten = torch.ops.aten
 
+# In a node's meta: it was computed without gradients in a graph that has some. What is behind it must not be reached
+# for in its place.
+NO_GRAD = "fa3_no_grad"
+
 Step = tuple[Node, Index]
 Rule = Callable[[Space, Node, Index], Step | None]
 _RULES: dict[torch._ops.OpOverloadPacket, Rule] = {}

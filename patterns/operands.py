@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from .algebra import Algebra, Opaque
 from .indices import Index, Space, broadcast_index, shape_exprs
-from .layouts import LAYOUT_OPS, layout_step, packet, rank, tensor, users_of
+from .layouts import LAYOUT_OPS, NO_GRAD, layout_step, packet, rank, tensor, users_of
 from .masks import Axes
 from .reasons import Reason
 from .spec import Operand, Rejected
@@ -33,6 +33,8 @@ def peel(algebra: Algebra, node: Node, index: Index, scales: bool = True) -> lis
     factor: sympy.Expr = sympy.Integer(1)
     while True:
         step = layout_step(algebra.space, node, index)
+        if node.meta.get(NO_GRAD):
+            return found
         if step is not None:
             node, index = step
         elif packet(node) in (aten._to_copy, aten.to) and _widens(node):
@@ -101,14 +103,14 @@ class Roles:
         d = space.symbol(d_name, head_dim_v)
         return Roles(space, tuple(named[:1]), tuple(named[1:]), axes.q, axes.k, d, e, head_dim, head_dim_v)
 
-    def group(self, index: Index, row: sympy.Expr, column: sympy.Expr) -> Operand | None:
-        """``index`` as canonical axes (batch, heads, row, column), or None if it is no arrangement of them."""
+    def group(self, node: Node, index: Index, row: sympy.Expr, column: sympy.Expr) -> Operand | None:
+        """``node`` read at ``index`` as canonical axes (batch, heads, row, column), whole ones; else None."""
         positions: dict[sympy.Expr, int] = {}
         grouped: tuple[int, ...] | None = None
-        for position, entry in enumerate(index):
+        for position, (entry, size) in enumerate(zip(index, shape_exprs(tensor(node)), strict=True)):
             if entry == 0:
                 continue
-            if entry in positions:
+            if entry in positions or not self._is_whole(entry, size):
                 return None
             positions[entry] = position
         batch = self._axis(positions, self.batch)
@@ -119,7 +121,14 @@ class Roles:
         rows, columns = self._single(positions, row), self._single(positions, column)
         if batch is None or heads is None or positions:
             return None
-        return Operand(None, (batch, heads, rows, columns))  # the node is filled in by the caller
+        return Operand(node, (batch, heads, rows, columns))
+
+    def _is_whole(self, entry: sympy.Expr, size: sympy.Expr) -> bool:
+        """Whether an index runs over all of an axis: a longer one is a slice of it."""
+        if isinstance(entry, sympy.Symbol):
+            return self.space.size(entry) == size
+        bounds = self.space.bounds(entry.args[0]) if isinstance(entry, sympy.floor) else None
+        return bounds is not None and sympy.floor(bounds[1]) == size - 1
 
     def _single(self, positions: dict[sympy.Expr, int], symbol: sympy.Expr) -> tuple[int, ...]:
         return (positions.pop(symbol),) if symbol != 0 and symbol in positions else ()
@@ -160,8 +169,8 @@ def choose_operands(
     """The innermost tensors that are arranged as one attention's q, k and v and share a dtype that loses nothing."""
 
     def arranged(candidates: list[Candidate], row: sympy.Expr, column: sympy.Expr) -> list[tuple[Candidate, Operand]]:
-        pairs = ((c, roles.group(c.index, row, column)) for c in candidates)
-        return [(c, dataclasses.replace(o, node=c.node)) for c, o in pairs if o is not None]
+        pairs = ((c, roles.group(c.node, c.index, row, column)) for c in candidates)
+        return [(c, o) for c, o in pairs if o is not None]
 
     qs = [x for x in arranged(q, roles.q, roles.e) if _spans(roles, x[1])]
     ks, vs = arranged(k, roles.k, roles.e), arranged(v, roles.k, roles.d)

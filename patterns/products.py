@@ -88,6 +88,11 @@ def _einsum(space: Space, node: Node, index: Index, contracted: str) -> Product 
         for x, t in zip(letters, operands, strict=True)
         for ch, s in zip(x, tensor(t).shape, strict=True)
     }
+    contracted_sizes = {
+        size_expr(t.shape[x.index(summed)]) for x, t in zip(letters, map(tensor, operands), strict=True)
+    }
+    if len(contracted_sizes) > 1:  # one of them is broadcast along it
+        return None
     c = space.symbol(contracted, sizes[summed])
     at = dict(zip(output_letters, index, strict=True)) | {summed: c}
     indices = [

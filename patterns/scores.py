@@ -13,9 +13,9 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
-from .algebra import FALSE, TRUE, Algebra, Choice, Opaque, Value, is_condition, to_boolean, to_number
+from .algebra import FALSE, TRUE, Algebra, Choice, Opaque, Value, is_condition, round_to, to_boolean, to_number
 from .indices import ONE, Index, broadcast_index, shape_exprs
-from .layouts import argument, layout_step, packet, tensor
+from .layouts import NO_GRAD, argument, layout_step, packet, tensor
 from .products import Product, as_product, is_product
 from .reasons import Reason
 
@@ -34,6 +34,7 @@ class Added:
     index: Index
     coefficient: sympy.Expr
     dtype: torch.dtype
+    narrowed: bool = False  # the sum was cast to a dtype of smaller range afterwards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,8 @@ def _read(algebra: Algebra, node: Any, index: Index) -> Scores:
         scores = read_scores(algebra, node.args[0], index)
         if not held.dtype.is_floating_point:
             raise NotScores(Reason.SCORE_OP, f"the scores are cast to {held.dtype}")
-        return _extend(scores, node, "" if held.dtype != torch.float32 else "fp32")
+        terms = tuple(_rounded(t, held.dtype) for t in scores.terms)
+        return _extend(scores, node, "" if held.dtype != torch.float32 else "fp32", terms=terms)
     if kind in (aten.mul, aten.div, aten.neg):
         return _scaled(algebra, node, index)
     if kind in (aten.add, aten.sub, aten.rsub):
@@ -135,6 +137,15 @@ def _operands(algebra: Algebra, node: Node, index: Index) -> list[tuple[Any, Ind
         (x, broadcast_index(index, shape_exprs(tensor(x))) if _is_tensor(x) else ())
         for x in node.args[: 1 if packet(node) is aten.neg else 2]
     ]
+
+
+def _rounded(term: Added | Hidden, dtype: torch.dtype) -> Added | Hidden:
+    """A term after the scores were cast: a fill may overflow, and so may a sum."""
+    if isinstance(term, Hidden):
+        return dataclasses.replace(term, fill=round_to(term.fill, dtype))
+    if torch.finfo(dtype).max < torch.finfo(term.dtype).max:
+        return dataclasses.replace(term, narrowed=True)
+    return term
 
 
 def _is_tensor(x: Any) -> bool:
@@ -172,7 +183,7 @@ def _scaled(algebra: Algebra, node: Node, index: Index) -> Scores:
     terms = tuple(
         dataclasses.replace(t, coefficient=t.coefficient * factor)
         if isinstance(t, Added)
-        else dataclasses.replace(t, fill=t.fill * factor)
+        else dataclasses.replace(t, fill=round_to(t.fill * factor, tensor(node).dtype))
         for t in scores.terms
     )
     return _extend(scores, node, "scale", scale=scores.scale * factor, terms=terms)
@@ -201,6 +212,8 @@ def _split_sum(
             return ()  # a softmax does not see a number added to every score
         raise NotScores(Reason.SCORE_OP, "an infinite number is added to the scores")
     inner, inner_index = node, index
+    if node.meta.get(NO_GRAD):
+        return (Added(node, index, coefficient, dtype),)
     while packet(inner) in (aten._to_copy, aten.to) or layout_step(algebra.space, inner, inner_index) is not None:
         step = layout_step(algebra.space, inner, inner_index)
         if step is None:
@@ -282,9 +295,3 @@ def _visible(value: Value, coefficient: sympy.Expr) -> Boolean | None:
     if scaled.is_extended_real and scaled.is_number and bool(scaled <= MASK_THRESHOLD):
         return FALSE
     return None
-
-
-def leaves(value: Value) -> list[sympy.Expr | Boolean]:
-    if isinstance(value, Choice):
-        return leaves(value.yes) + leaves(value.no)
-    return [value]

@@ -1,18 +1,16 @@
 """Masks and biases: each thing added to the scores or written over them as an operand, and what they prove together."""
 
-import dataclasses
-
 import sympy
 import torch
 from torch.fx import Node
 
-from .algebra import Algebra, to_number
+from .algebra import Algebra, leaves, to_number
 from .indices import Index, Space
-from .layouts import layout_step
+from .layouts import NO_GRAD, layout_step
 from .masks import FULL, Axes, Mask, no_row_is_empty, prove
 from .operands import Roles
 from .reasons import Reason
-from .scores import Added, Hidden, leaves, visible_where
+from .scores import MASK_THRESHOLD, Added, Hidden, visible_where
 from .spec import Empty, Operand, Rejected, Term, TermKind
 
 aten = torch.ops.aten
@@ -42,8 +40,13 @@ def read_terms(
                 continue
         operand = _side_operand(space, raw_term, roles)
         if isinstance(raw_term, Hidden):
+            if not raw_term.fill <= MASK_THRESHOLD:
+                value = f"{float(raw_term.fill):g} by the time of the softmax"
+                raise Rejected(Reason.FILL_VALUE, f"hidden scores are {value}, a mask has at most {MASK_THRESHOLD:g}")
             kind = TermKind.DROP if raw_term.hides else TermKind.KEEP
-            terms.append(Term(kind, operand, window, fill=float(raw_term.fill)))
+            # A row of nothing but fills: equal weights for the keys at its top.
+            swallows = float(raw_term.fill) / 2 if raw_term.fill.is_finite else None
+            terms.append(Term(kind, operand, window, fill=float(raw_term.fill), swallows=swallows))
             kinds.append(Empty.MEAN if raw_term.fill.is_finite else Empty.NAN)
             continue
         if not raw_term.coefficient.is_number:
@@ -66,7 +69,20 @@ def read_terms(
         empty = Empty.MEAN
     else:
         empty = Empty.NAN_SCORES if several <= {Empty.NAN, Empty.NAN_SCORES} else Empty.AS_WRITTEN
+    if any(isinstance(t, Added) and t.narrowed for t in raw):
+        raise Rejected(Reason.EMPTY_ROWS, "a sum of scores and mask is cast to a dtype in which it may overflow")
+    if empty is Empty.AS_WRITTEN:
+        _check_as_written(raw)
     return tuple(terms), mask, empty
+
+
+def _check_as_written(raw: tuple[Added | Hidden, ...]) -> None:
+    """A fill that something is added to must swallow it, or an empty row is a softmax over what was added."""
+    for position, term in enumerate(raw):
+        later = [t for t in raw[position + 1 :] if isinstance(t, Added)]
+        if isinstance(term, Hidden) and term.fill.is_finite and later:
+            if float(term.fill) > min(swallows_below(t.dtype) for t in later):
+                raise Rejected(Reason.EMPTY_ROWS, "something is added to hidden scores that are not low enough for it")
 
 
 def _added_empty(algebra: Algebra, term: Added) -> Empty | None:
@@ -85,11 +101,11 @@ def _side_operand(space: Space, term: Added | Hidden, roles: Roles) -> Operand:
     found = None
     step: tuple[Node, Index] | None = (node, index)
     while step is not None:
-        operand = roles.group(step[1], roles.q, roles.k)
+        operand = roles.group(*step, roles.q, roles.k)
         if operand is not None and len(operand.groups[1]) in (0, len([1 for _, s in roles.heads if s != 1])):
             if not any(isinstance(e, sympy.floor) for e in step[1]):
-                found = dataclasses.replace(operand, node=step[0])
-        step = layout_step(space, *step)
+                found = operand
+        step = None if step[0].meta.get(NO_GRAD) else layout_step(space, *step)
     if found is None:
         raise Rejected(
             Reason.LAYOUT, f"the axes of '{node.name}', applied to the scores, are not those of an attention"

@@ -1,0 +1,434 @@
+"""Cases that the pass once got wrong, each the smallest that shows it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .harness import fuse
+
+INF = float("-inf")
+B, H, S, D = 2, 4, 23, 16
+
+
+def qkv(heads=H, seqlen_k=S):
+    return [torch.randn(B, heads, S, D), *(torch.randn(B, heads, seqlen_k, D) for _ in range(2))]
+
+
+def plain(q, k, v):
+    return (q @ k.mT * 0.25).softmax(-1) @ v
+
+
+def bshd():
+    return [torch.randn(B, S, H, D) for _ in range(3)]
+
+
+def one_empty():
+    return torch.arange(S)[None] < torch.tensor([[S], [0]])
+
+
+def run(fn, args, grads):
+    args = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]
+    leaves = [a.requires_grad_() for a in args if isinstance(a, torch.Tensor) and a.is_floating_point() and grads]
+    with torch.set_grad_enabled(grads):
+        out = fn(*args)
+    if not grads:
+        return [out]
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.dtype)
+    return [out, *torch.autograd.grad(out, leaves, dout, allow_unused=True)]
+
+
+def same_as_eager(fn, args, grads=True, target="auto", atol=1e-4):
+    compiled, report = fuse(fn, target=target)
+    for ours, eager in zip(run(compiled, args, grads), run(fn, args, grads), strict=True):
+        assert (ours is None) == (eager is None), "a gradient that eager does not have, or the other way round"
+        if eager is not None:
+            torch.testing.assert_close(ours, eager, atol=atol, rtol=1e-3, equal_nan=True)
+    return report
+
+
+TARGETS = pytest.mark.parametrize("target", ["sdpa", "reference"])
+
+
+def kv_prefix(q, k, v):
+    return plain(q, k[:, :, :S], v[:, :, :S])
+
+
+def head_prefix(q, k, v):
+    return plain(q[:, :2], k[:, :2], v[:, :2])
+
+
+def head_dim_prefix(q, k, v):
+    return (q[..., :8] @ k[..., :8].mT * 0.25).softmax(-1) @ v[..., :8]
+
+
+def batch_prefix(q, k, v):
+    return plain(*(torch.cat([x, x + 1])[:3] for x in (q, k, v)))
+
+
+def query_prefix(q, k, v):
+    return plain(q[:, :, :7], k, v)
+
+
+def packed_within_heads(q, k, v):
+    x = torch.cat([q, k, v], -1)
+    return plain(x[..., :D], x[..., D : 2 * D], x[..., 2 * D :])
+
+
+@TARGETS
+@pytest.mark.parametrize(
+    "fn", [kv_prefix, head_prefix, head_dim_prefix, batch_prefix, query_prefix, packed_within_heads]
+)
+def test_a_prefix_is_not_the_whole_tensor(fn, target):
+    args = qkv(seqlen_k=40) if fn is kv_prefix else qkv()
+    assert [s.status for s in same_as_eager(fn, args, target=target).sites] == ["fused"]
+
+
+@TARGETS
+def test_the_prefix_of_a_mask_is_fused(target):
+    def masked(q, k, v, m):
+        return (q @ k.mT * 0.25).masked_fill(m[:, :, :S, :S], -1e9).softmax(-1) @ v
+
+    report = same_as_eager(masked, [*qkv(), torch.rand(1, 1, 40, 40) > 0.4], target=target)
+    assert [s.status for s in report.sites] == ["fused"], report  # INTERNAL now
+
+
+def test_sdpa_with_the_prefix_of_a_mask_on_the_reference():
+    def masked(q, k, v, m):
+        return F.scaled_dot_product_attention(q, k, v, m[:, :, :S, :S])
+
+    same_as_eager(masked, [*qkv(), torch.rand(1, 1, 40, 40) > 0.4], target="reference")  # crashes at run time
+
+
+def scores_without_grad(q, k, v):
+    with torch.no_grad():
+        s = q @ k.mT * 0.25
+    return s.softmax(-1) @ v
+
+
+def weights_without_grad(q, k, v):
+    with torch.no_grad():
+        p = (q @ k.mT * 0.25).softmax(-1)
+    return p @ v
+
+
+def query_scaled_without_grad(q, k, v):
+    with torch.no_grad():
+        q = q * 0.25
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def key_transposed_without_grad(q, k, v):
+    with torch.no_grad():
+        k = k.transpose(-1, -2)
+    return (q @ k * 0.25).softmax(-1) @ v
+
+
+def value_cloned_without_grad(q, k, v):
+    with torch.no_grad():
+        v = v.clone()
+    return plain(q, k, v)
+
+
+def scale_without_grad(q, k, v):
+    s = q @ k.mT
+    with torch.no_grad():
+        s = s * 0.25
+    return s.softmax(-1) @ v
+
+
+def grad_mode_set(q, k, v):
+    torch.set_grad_enabled(False)
+    s = q @ k.mT
+    torch.set_grad_enabled(True)
+    return s.softmax(-1) @ v
+
+
+NO_GRAD = [scores_without_grad, weights_without_grad, query_scaled_without_grad, key_transposed_without_grad]
+NO_GRAD += [value_cloned_without_grad, scale_without_grad, grad_mode_set]
+
+
+@TARGETS
+@pytest.mark.parametrize("fn", NO_GRAD)
+def test_no_gradient_flows_out_of_a_no_grad_region(fn, target):
+    same_as_eager(fn, qkv(), target=target)
+
+
+@TARGETS
+def test_no_gradient_flows_into_a_bias_made_without_grad(target):
+    def fn(q, k, v, b):
+        with torch.no_grad():
+            m = b + torch.triu(torch.full((S, S), INF), 1)
+        return (q @ k.mT * 0.25 + m).softmax(-1) @ v
+
+    same_as_eager(fn, [*qkv(), torch.randn(S, S)], target=target)
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 0.25
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 7
+
+
+class Copied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 7
+
+
+FUNCTIONS = {
+    "on the scores": lambda q, k, v: Scaled.apply(q @ k.mT).softmax(-1) @ v,
+    "on the query": lambda q, k, v: (Scaled.apply(q) @ k.mT).softmax(-1) @ v,
+    "a copy of the query": lambda q, k, v: plain(Copied.apply(q), k, v),
+    "a copy of the value": lambda q, k, v: plain(q, k, Copied.apply(v)),
+    "on the weights": lambda q, k, v: Copied.apply((q @ k.mT * 0.25).softmax(-1)) @ v,
+}
+
+
+@TARGETS
+@pytest.mark.parametrize("fn", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_a_custom_backward_is_kept(fn, target):
+    same_as_eager(fn, qkv(), target=target)
+
+
+def fill_scaled_down(q, k, v, keep):
+    return ((q @ k.mT).masked_fill(~keep[:, None, None], -1e4) / 2000).softmax(-1) @ v
+
+
+def fill_negated(q, k, v, keep):
+    return (-((q @ k.mT * 0.2).masked_fill(~keep[:, None, None], -1e9))).softmax(-1) @ v
+
+
+@TARGETS
+@pytest.mark.parametrize("fn", [fill_scaled_down, fill_negated])
+def test_a_fill_that_no_longer_hides(fn, target):
+    same_as_eager(fn, [*qkv(), torch.arange(S)[None] < torch.tensor([[S], [5]])], target=target)
+
+
+def min_filled_then_narrowed(q, k, v, keep):
+    s = (q @ k.mT * 0.25).float().masked_fill(~keep[:, None, None], torch.finfo(torch.float32).min)
+    return s.to(q.dtype).softmax(-1) @ v
+
+
+def min_added_then_narrowed(q, k, v, keep):
+    s = (q @ k.mT * 0.25).float() + torch.where(keep[:, None, None], 0.0, torch.finfo(torch.float32).min)
+    return s.to(q.dtype).softmax(-1) @ v
+
+
+def min_filled_then_scaled_up(q, k, v, keep):
+    return ((q @ k.mT).masked_fill(~keep[:, None, None], torch.finfo(torch.float32).min) * 4).softmax(-1) @ v
+
+
+@TARGETS
+@pytest.mark.parametrize("fn", [min_filled_then_narrowed, min_added_then_narrowed, min_filled_then_scaled_up])
+def test_a_fill_that_overflows_makes_nan_in_an_empty_row(fn, target):
+    args = qkv()
+    if fn is not min_filled_then_scaled_up:
+        args = [x.bfloat16() for x in args]
+    same_as_eager(fn, [*args, one_empty()], target=target, atol=0.06)
+
+
+def filled_then_biased(q, k, v, keep):
+    s = (q @ k.mT * 0.25).masked_fill(~keep[:, None, None], -1e4)
+    return (s + torch.linspace(0, 1, S)).softmax(-1) @ v
+
+
+def filled_then_causal(q, k, v, keep):
+    s = (q @ k.mT * 0.25).masked_fill(~keep[:, None, None], -1e9)
+    return s.masked_fill(torch.ones(S, S, dtype=torch.bool).triu(1), INF).softmax(-1) @ v
+
+
+@TARGETS
+@pytest.mark.parametrize("fn", [filled_then_biased, filled_then_causal])
+def test_an_empty_row_of_overwritten_scores(fn, target):
+    same_as_eager(fn, [*qkv(), one_empty()], grads=False, target=target)
+
+
+def causal_where(hidden):
+    return lambda q, k, v: (q @ k.mT * 0.25).masked_fill(hidden(), -1e9).softmax(-1) @ v
+
+
+def wraps_in_subtraction():
+    i = torch.arange(S, dtype=torch.uint8)
+    return ~(i[:, None] - i[None, :] >= 0)  # unsigned: nothing is hidden
+
+
+def wraps_in_a_cast():
+    i = torch.arange(300).to(torch.int8)[:S] if S >= 300 else (torch.arange(S) + 120).to(torch.int8)
+    return i[None] > i[:, None]
+
+
+def cumsum_at_one_position():
+    return torch.arange(S) >= torch.arange(S).cumsum(0)[5]
+
+
+def cumsum_at_the_end():
+    return torch.arange(S) >= (torch.arange(S) < 7).long().cumsum(0)[-1:]
+
+
+@TARGETS
+@pytest.mark.parametrize("hidden", [wraps_in_subtraction, wraps_in_a_cast, cumsum_at_one_position, cumsum_at_the_end])
+def test_a_mask_out_of_machine_numbers(hidden, target):
+    report = same_as_eager(causal_where(hidden), qkv(), target=target)
+    assert [s.reason for s in report.sites] == [None], report  # cumsum_at_the_end: EMPTY_ROWS now ("every key masked")
+
+
+@TARGETS
+def test_nan_differs_from_itself(target):
+    def fn(q, k, v, x):
+        return (q @ k.mT * 0.25).masked_fill(x != x, INF).softmax(-1) @ v
+
+    same_as_eager(fn, [*qkv(), torch.where(torch.arange(S) > 9, torch.nan, 1.0)], grads=False, target=target)
+
+
+@TARGETS
+def test_an_integer_argument_may_be_negative(target):
+    def shifted(q, k, v, shift):
+        i = torch.arange(S)
+        return (q @ k.mT * 0.25).masked_fill(i[None] > i[:, None] + shift, INF).softmax(-1) @ v
+
+    def from_shift(q, k, v, shift):
+        return (q @ k.mT * 0.25).masked_fill(torch.arange(S) + shift < 0, INF).softmax(-1) @ v
+
+    for fn in (shifted, from_shift):
+        compiled, _ = fuse(fn, target=target, dynamic=True)
+        args = qkv()
+        for shift in (3, 5, -2):
+            torch.testing.assert_close(compiled(*args, shift), fn(*args, shift), equal_nan=True, atol=1e-4, rtol=1e-4)
+
+
+@TARGETS
+def test_product_written_into_a_given_tensor(target):
+    def fn(q, k, v, out):
+        torch.matmul((q @ k.mT * 0.25).softmax(-1), v, out=out)
+        return out * 1
+
+    same_as_eager(fn, [*qkv(), torch.zeros(B, H, S, D)], grads=False, target=target)
+
+
+def heads_in_the_middle(after):
+    def fn(q, k, v):
+        return after(plain(*(x.transpose(1, 2) for x in (q, k, v))))
+
+    return fn
+
+
+STRIDES = {
+    "add, view": lambda o: (o + 1.0).view(B, -1),
+    "relu, view": lambda o: o.relu().view(B, -1),
+    "dropout, view": lambda o: F.dropout(o, 0.0).view(B, -1),
+    "as_strided": lambda o: torch.as_strided(o, (S, D), (D, 1)) + 0,
+    "mul, as_strided": lambda o: torch.as_strided(o * 2, (S, D), (D, 1)) + 0,
+}
+
+
+@pytest.mark.parametrize("after", STRIDES.values(), ids=STRIDES)
+def test_code_that_relies_on_the_strides_of_the_product(after):
+    same_as_eager(heads_in_the_middle(after), bshd())
+
+
+def test_what_is_returned_has_eagers_strides():
+    fn = heads_in_the_middle(lambda o: o * 2)
+    args = bshd()
+    assert fuse(fn)[0](*args).stride() == fn(*args).stride()
+
+
+def test_a_view_right_after_is_fused():
+    report = same_as_eager(heads_in_the_middle(lambda o: o.view(B, -1)), bshd())
+    assert [s.status for s in report.sites] == ["fused"], report  # INTERNAL: ValueError where RuntimeError is caught
+
+
+@TARGETS
+def test_a_mask_that_broadcasts_the_batch_up(target):
+    def fn(q, k, v, m):
+        return (q @ k.mT * 0.25).masked_fill(m, -1e9).softmax(-1) @ v
+
+    same_as_eager(fn, [*(x[:1] for x in qkv()), torch.rand(B, 1, S, S) > 0.5], target=target)  # run-time error now
+
+
+@TARGETS
+def test_an_einsum_that_broadcasts_the_contracted_axis(target):
+    def fn(q, k, v):
+        return torch.einsum("bhqd,bhkd->bhqk", q, k).softmax(-1) @ v
+
+    same_as_eager(fn, [torch.randn(B, H, 5, D), torch.randn(B, H, 7, 1), torch.randn(B, H, 7, D)], target=target)
+
+
+@pytest.mark.parametrize("backend", ["pass", "fa3_inductor"])
+def test_vmap_and_grad_inside_the_region(backend):
+    def mapped(q, k, v):
+        return torch.vmap(plain)(q, k, v)
+
+    def differentiated(q, k, v):
+        return torch.func.grad(lambda q: plain(q, k, v).sum())(q)
+
+    for fn in (mapped, differentiated):
+        torch._dynamo.reset()
+        compiled = fuse(fn)[0] if backend == "pass" else torch.compile(fn, backend=backend)
+        args = qkv()
+        torch.testing.assert_close(compiled(*args), fn(*args), atol=1e-4, rtol=1e-4)
+
+
+def test_two_dropouts():
+    def fn(q, k, v):
+        p = (q @ k.mT * 0.0).softmax(-1)
+        return F.dropout(F.dropout(p, 0.5), 0.5) @ v
+
+    n = 64
+    q, k, v = torch.randn(1, 1, 4096, 4), torch.randn(1, 1, n, 4), torch.ones(1, 1, n, 4)
+    with torch.no_grad():
+        out = fuse(fn)[0](q, k, v)[0, 0, :, 0]
+    assert abs(out.mean() - 1) < 0.02
+    assert abs(out.std() - (3 / n) ** 0.5) < 0.02  # keep 1/4: variance (1/0.25 - 1) / n
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("keep", torch.ones(32, 32, dtype=torch.bool).tril())
+
+    def forward(self, q, k, v):
+        return (q @ k.mT * 0.25).masked_fill(~self.keep[:S, :S], -1e9).softmax(-1) @ v
+
+
+def test_a_buffer_given_other_data():
+    model = Masked()
+    compiled, report = fuse(model)
+    args = qkv()
+    compiled(*args)
+    assert report.sites[0].mask == "causal"
+    other = model.keep.clone()
+    other[2, 7] = True
+    model.keep.data = other
+    torch.testing.assert_close(compiled(*args), model(*args))
+
+
+def test_autocast_is_seen():
+    def fn(x, w):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = x @ w
+            return plain(y, y, y).float()
+
+    compiled, report = fuse(fn)
+    args = [torch.randn(B, H, S, D), torch.randn(D, D) / 4]
+    torch.testing.assert_close(compiled(*args), fn(*args), atol=2e-2, rtol=2e-2)
+    assert [(s.status, s.dtype) for s in report.sites] == [("fused", "bfloat16")]
+
+
+@TARGETS
+def test_autocast_with_operands_of_two_dtypes(target):
+    def fn(x, w):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = x @ w
+            return plain(F.layer_norm(y.float(), (D,)), y, y).float()
+
+    args = [torch.randn(B, H, S, D), torch.randn(D, D) / 4]
+    torch.testing.assert_close(fuse(fn, target=target)[0](*args), fn(*args), atol=3e-2, rtol=3e-2)
