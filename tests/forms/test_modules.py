@@ -276,9 +276,7 @@ def weights_row_written(q, k, v):
     return p @ v
 
 
-@pytest.mark.parametrize(
-    "fn,reason", [(scores_row_written, Reason.SCORE_OP), (weights_row_written, Reason.WEIGHTS_OP)]
-)
+@pytest.mark.parametrize("fn,reason", [(scores_row_written, Reason.SCORE_OP), (weights_row_written, Reason.WEIGHTS_OP)])
 def test_writes_into_scores_and_weights(fn, reason):
     assert [s.reason for s in check(fn, grads=False)] == [reason]
 
