@@ -93,7 +93,7 @@ def settings_key(config: ModuleType) -> tuple[tuple[str, Any], ...]:
 def set_process_wide(config: ModuleType, name: str, value: Any) -> None:
     """Sets a config value for every thread.
 
-    Assigning to a config is per thread from torch 2.13 on. The default that an environment variable gives is not, and
+    Assigning to a config is per thread from torch 2.12 on. The default that an environment variable gives is not, and
     ranks just below assignments; so it takes the value, and this thread's own assignment is made to agree.
     """
     config._config[name].env_value_default = value

@@ -3,7 +3,7 @@ config.patch(target="sdpa"):``), or set the environment variable named beside ea
 of ``torch.compile(..., options={...})`` with ``backend="fa3_inductor"``, by their own name or as
 ``"fa3_inductor.<name>"``.
 
-As for torch's own configs, assignments are per thread from torch 2.13 on. A value that a setting cannot have raises
+As for torch's own configs, assignments are per thread from torch 2.12 on. A value that a setting cannot have raises
 ValueError at once.
 """
 

@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from . import ops, tracing  # noqa: F401  (registers fa3::attention)
 from .capture import Capture, may_write
-from .patterns.layouts import NO_GRAD, packet
+from .patterns.layouts import NO_GRAD, argument, packet
 from .patterns.masks import Mask
 from .patterns.reasons import Reason
 from .patterns.spec import AttentionSpec, Empty, Operand, Rejected, TermKind
@@ -106,12 +106,8 @@ class Splicer:
 
 def _simplifies(spec: AttentionSpec) -> bool:
     """Whether an SDPA call gains from being written again: its mask tensor is proved to be causal or nothing at all."""
-    has_mask = packet_argument(spec.anchor, 3, "attn_mask") is not None
+    has_mask = argument(spec.anchor, 3, "attn_mask") is not None
     return has_mask and all(t.window is not None for t in spec.terms) and _is_plain(spec.mask)
-
-
-def packet_argument(node: Node, position: int, name: str) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
 
 def _is_plain(mask: Mask) -> bool:
