@@ -359,7 +359,7 @@ def _contracted_size(view: _View) -> Any:
 
 
 def _has_bias(terms: tuple[Term, ...]) -> bool:
-    return any(t.window is None and t.kind is TermKind.BIAS for t in terms)
+    return any(t.window is None and t.kind is TermKind.BIAS and not t.known for t in terms)
 
 
 def _with_bias(text: str, terms: tuple[Term, ...]) -> str:

@@ -369,7 +369,7 @@ def padding_added_infinity_nothing_left(q, k, v, keep):
     return torch.softmax((q @ k.mT * 0.25).to(wide(q)) + torch.where(keep[:, None, None], 0.0, INF), -1).to(q.dtype) @ v
 
 
-@form("key padding[b, k] & bias", args=one_empty)
+@form("key padding[b, k]", args=one_empty)
 def padding_added_bert_nothing_left(q, k, v, keep):
     mask = (1.0 - keep[:, None, None].to(wide(q))) * -10000.0
     return torch.softmax((q @ k.mT * 0.25).to(wide(q)) + mask, -1).to(q.dtype) @ v
