@@ -412,6 +412,14 @@ def _check_interior(nodes: tuple[Node, ...], softmax: Node) -> None:
 # --------------------------------------------------------------------------------------------- SDPA
 
 
+def _agree(*sizes: int | torch.SymInt) -> None:
+    """Guard that symbolic sizes which the call needs to be equal are so: its shape rule alone does not say it."""
+    first, *others = [s for s in sizes if isinstance(s, torch.SymInt) or s != 1] or [1]
+    for other in others:
+        if size_expr(other) != size_expr(first):
+            bool(other == first)
+
+
 def _read_sdpa(algebra: Algebra, node: Node) -> tuple[AttentionSpec, tuple[Node, ...]]:
     """A call of ``F.scaled_dot_product_attention``, every argument included."""
     space = algebra.space
@@ -423,6 +431,10 @@ def _read_sdpa(algebra: Algebra, node: Node) -> tuple[AttentionSpec, tuple[Node,
         raise Rejected(Reason.LAYOUT, f"q, k and v have {rank(q)}, {rank(k)} and {rank(v)} dimensions")
     shape = shape_exprs(tensor(node))
     _static_head_dim(tensor(q).shape[-1])
+    _agree(tensor(k).shape[-2], tensor(v).shape[-2])
+    if not enable_gqa and rank(q) == rank(k) == rank(v):
+        for sizes in zip(*(tensor(x).shape[:-2] for x in (q, k, v)), strict=True):
+            _agree(*sizes)
     seqlen_q, head_dim = shape_exprs(tensor(q))[-2:]
     seqlen_k, head_dim_v = shape_exprs(tensor(v))[-2:]
     names = ["b", "h", "h2"][: len(shape) - 2]

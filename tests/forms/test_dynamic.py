@@ -98,10 +98,9 @@ def test_bottom_right_is_never_taken_for_top_left(first):
 
 
 @TARGETS
-@MODES
-def test_grouped_queries(dynamic, target):
+def test_grouped_queries(target):
     calls = [qkv(b, 4, s, kv_heads=2) for b, s in ((2, 7), (3, 9), (4, 11), (5, 30))]
-    report = same_as_eager(grouped, calls, dynamic=dynamic, target=target)
+    report = same_as_eager(grouped, calls, target=target)
     assert {s.status for s in report.sites} == {"fused"}
     assert len(report.graphs) <= 3
 
