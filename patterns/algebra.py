@@ -268,7 +268,9 @@ class Algebra:
                 return sympy.nan
             return sympy.expand(_ARITHMETIC[kind](x, y))
 
-        return lift(apply, a, b)
+        result = lift(apply, a, b)
+        opaque = [any(not is_condition(v) and v.has(Opaque) for v in leaves(x)) for x in (a, b, result)]
+        return None if any(opaque[:2]) and not opaque[2] else result  # x - x is not 0 where x is infinite
 
     def _logic(self, node: Node, index: Index) -> Value | None:
         if not _is_bool(node):

@@ -109,7 +109,12 @@ def _transpose(space: Space, node: Node, index: Index) -> Step:
     return node.args[0], tuple(swapped)
 
 
-@_rule(aten.t, aten.mT, aten.numpy_T, aten.adjoint)
+@_rule(aten.numpy_T)
+def _reversed(space: Space, node: Node, index: Index) -> Step:
+    return node.args[0], index[::-1]
+
+
+@_rule(aten.t, aten.mT, aten.adjoint)
 def _last_two(space: Space, node: Node, index: Index) -> Step:
     return node.args[0], (*index[:-2], *reversed(index[-2:]))
 
