@@ -5,6 +5,7 @@ Apart from compat.py because that one runs while torch is being imported and may
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 from unittest.mock import patch
@@ -139,15 +140,24 @@ def guard_unchanged(placeholder: Node) -> None:
     argument = _argument(placeholder)
     tensor = argument.example
     install = functools.partial(
-        _install_unchanged, identity=id(tensor), version=tensor._version, address=tensor.data_ptr()
+        _install_unchanged, tensor=weakref.ref(tensor), version=tensor._version, address=tensor.data_ptr()
     )
     guard = Guard(argument.source, install)
     TracingContext.get().guards_context.dynamo_guards.add(guard)
 
 
-def _install_unchanged(builder: Any, guard: Guard, identity: int, version: int, address: int) -> None:
-    def unchanged(tensor: Any) -> bool:
-        return id(tensor) == identity and tensor._version == version and tensor.data_ptr() == address
+def _install_unchanged(
+    builder: Any, guard: Guard, tensor: weakref.ref[torch.Tensor], version: int, address: int
+) -> None:
+    def is_the_same(found: Any) -> bool:
+        return found is tensor()
+
+    def is_unwritten(_: Any) -> bool:
+        held = tensor()
+        return held is not None and held._version == version and held.data_ptr() == address
 
     text = f"the buffer {guard.name} is unchanged since its mask was proved (version {version})"
-    builder.get_guard_manager(guard).add_lambda_guard(unchanged, [text], guard.user_stack)
+    builder.get_guard_manager(guard).add_lambda_guard(is_the_same, [text], guard.user_stack)
+    # At the root, which is always asked: Dynamo holds tensors for immutable, and skips what guards a module's while its
+    # dicts stay as they are (use_recursive_dict_tags_for_guards, the default in torch 2.11).
+    builder.guard_manager.root.add_lambda_guard(is_unwritten, [text], guard.user_stack)

@@ -111,6 +111,18 @@ def test_written_to(spelling, write):
     assert len(report.graphs) == 2 and report.sites[-1].mask != "causal"
 
 
+@pytest.mark.parametrize("write", [one_entry, replaced])
+def test_written_to_where_dynamo_skips_guards_of_modules(write):
+    model = Model(*SPELLINGS["bool"])
+    with torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=True):  # the default in torch 2.11
+        compiled, report = fuse(model)
+        for _ in range(3):
+            same(compiled, model, qkv())
+        write(model)
+        same(compiled, model, qkv())
+    assert len(report.graphs) == 2
+
+
 @ALL
 def test_unchanged_is_compiled_once(spelling):
     model = Model(*SPELLINGS[spelling])
