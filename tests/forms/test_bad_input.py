@@ -11,6 +11,7 @@ from .harness import fuse
 INF = float("-inf")
 MIN = torch.finfo(torch.float32).min
 B, H, S, D = 2, 3, 11, 16
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
 TARGETS = pytest.mark.parametrize("target", ["sdpa", "reference"])
 
@@ -58,6 +59,8 @@ def test_unusual_head_dim(fn, head_dim, target):
 @pytest.mark.parametrize("fn", [attention, causal_sdpa])
 @pytest.mark.parametrize("shape", [(B, H, 0, D), (0, H, S, D), (B, 0, S, D), (B, H, S, 0)])
 def test_a_size_of_zero(fn, shape):
+    if fn is causal_sdpa and shape[1] == 0 and TORCH < (2, 13):
+        pytest.skip("SDPA over no heads divides by zero on the CPU in torch 2.11, and takes the process with it")
     assert [s.reason for s in same_as_eager(fn, qkv(*shape))] == [Reason.EMPTY]
 
 
