@@ -1,5 +1,7 @@
 """The ways into the pass, seen from outside: which way in rewrites what, what options mean, what the caches serve."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -240,6 +242,23 @@ def test_mode_and_options_of_the_stock_backend_stay(switched_off, monkeypatch):
     assert len(reports().graphs) == 1
 
 
+# In a child: on some machines torch 2.11 dies of loading any package of AOTInductor's.
+RUN_PACKAGE = """
+import sys, torch
+inputs, out = torch.load(sys.argv[1] + "/example.pt")
+with torch.no_grad():
+    torch.testing.assert_close(torch._inductor.aoti_load_package(sys.argv[1] + "/model.pt2")(*inputs), out)
+"""
+
+
+def run_package(program, inputs, folder):
+    """The return code of a process that runs the packaged program; negative if it was killed by a signal."""
+    with torch.no_grad():
+        torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "model.pt2"))
+        torch.save((inputs, program.module()(*inputs)), folder / "example.pt")
+    return subprocess.run([sys.executable, "-c", RUN_PACKAGE, str(folder)], cwd=folder).returncode
+
+
 def test_exported_programs_are_rewritten_once(switched_off, tmp_path):
     """AOTInductor comes in through the same door, with a graph that torch.export made."""
     inputs = tuple(qkv())
@@ -247,11 +266,12 @@ def test_exported_programs_are_rewritten_once(switched_off, tmp_path):
     block.forward = attend
     with torch.no_grad():
         program = torch.export.export(block, inputs)
-        with enabled():
-            path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    with enabled():
+        code = run_package(program, inputs, tmp_path)
     assert sites() == [("fused", "sdpa")]
-    with torch.no_grad():
-        torch.testing.assert_close(torch._inductor.aoti_load_package(path)(*inputs), attend(*inputs))
+    if code < 0 and run_package(program, inputs, tmp_path) == code:
+        pytest.skip("AOTInductor's packages cannot be loaded here, with the pass or without")
+    assert code == 0
 
 
 # Living with others.
