@@ -4,8 +4,8 @@
 number (sympy expression), a condition (sympy Boolean) or a ``Choice`` between values. ``arange`` is an index, layout
 operations substitute indices, comparisons become relations. What is not understood becomes an ``Opaque`` atom: an
 uninterpreted function of the indices that it really depends on, so that two reads of it can still be compared.
-Rounding is part of the value: constants are rounded to each tensor's dtype, and an index in a dtype that cannot count
-that far is opaque.
+Rounding is part of the value: constants are rounded to each tensor's dtype, operands to the dtype in which torch
+computes, and an index in a dtype that cannot count that far is opaque.
 """
 
 import dataclasses
@@ -36,6 +36,10 @@ class Choice:
 
 
 Value = sympy.Expr | Boolean | Choice
+
+
+class Unknown(Exception):
+    """The value of the node that is being evaluated cannot be told: it is opaque."""
 
 
 class Opaque(sympy.Function):
@@ -83,6 +87,8 @@ def to_number(value: Value) -> Value:
 
 
 def _relation(kind: type, a: sympy.Expr, b: sympy.Expr) -> Boolean:
+    if sympy.nan in (a, b):
+        return sympy.sympify(kind is sympy.Ne)
     if a.is_infinite or b.is_infinite:
         return sympy.sympify(_PYTHON_RELATION[kind](float(a), float(b))) if a.is_number and b.is_number else kind(a, b)
     difference = sympy.expand(a - b)
@@ -117,6 +123,10 @@ _ARITHMETIC = {
     aten.rsub: lambda a, b: b - a,
     aten.mul: operator.mul,
 }
+_HALVES = (torch.bfloat16, torch.float16)  # computed with in float32
+
+# No dense score row has more keys than this: how far a symbolic length is taken to reach.
+_LONGEST = 2**22
 _AND = (aten.logical_and, aten.bitwise_and, aten.__and__)
 _OR = (aten.logical_or, aten.bitwise_or, aten.__or__)
 _XOR = (aten.logical_xor, aten.bitwise_xor, aten.__xor__)
@@ -151,15 +161,18 @@ class Algebra:
 
     def value(self, node: Any, index: Index) -> Value:
         if not isinstance(node, Node):
-            return sympy.sympify(node)
+            return number(node)
         held = node.meta.get("val")
         if not isinstance(held, torch.Tensor):
             return size_expr(node)
         key = (node, index)
         if key not in self._memo:
-            value = self._evaluate(node, index)
-            if value is not None:
-                value = self._as_dtype(value, held.dtype)
+            try:
+                value = self._evaluate(node, index)
+                if value is not None:
+                    value = self._as_dtype(value, held.dtype)
+            except Unknown:
+                value = None
             self._memo[key] = self.opaque(node, index) if value is None else value
         return self._memo[key]
 
@@ -182,6 +195,31 @@ class Algebra:
         atom = Opaque(sympy.Symbol(node.name), *index)
         return sympy.Ne(atom, ZERO) if tensor(node).dtype == torch.bool else atom
 
+    def converted(self, node: Any, index: Index, dtype: torch.dtype) -> Value:
+        """The value of an operand after its conversion to ``dtype``.
+
+        Raises:
+            Unknown: it is not known what the conversion makes of it.
+        """
+        value = self.operand(node, index)
+        if isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor):
+            return self.cast(value, tensor(node).dtype, dtype)
+        return self._exact(value, dtype)
+
+    def cast(self, value: Value, source: torch.dtype, dtype: torch.dtype) -> Value:
+        """What a value of dtype ``source`` is in ``dtype``; raises Unknown as :meth:`converted` does."""
+        if source == dtype:
+            return value
+        if _is_opaque(value) and dtype != torch.bool and not _is_lossless(source, dtype):
+            raise Unknown
+        return self._exact(value, dtype)
+
+    def _exact(self, value: Value, dtype: torch.dtype) -> Value:
+        value = self._as_dtype(value, dtype)
+        if value is None:
+            raise Unknown
+        return value if dtype == torch.bool else to_number(value)
+
     def _as_dtype(self, value: Value, dtype: torch.dtype) -> Value | None:
         if dtype == torch.bool:
             return to_boolean(value)
@@ -202,25 +240,26 @@ class Algebra:
 
     def _fits(self, value: sympy.Expr, dtype: torch.dtype) -> bool:
         """Whether an integer dtype holds every value of ``value`` without wrapping around."""
-        bounds = self.space.bounds(value)
-        if bounds is None or not value.is_integer:
-            return dtype == torch.int64 and value.is_integer is not False
-        limits = torch.iinfo(dtype)
-        if all(b.is_number for b in bounds):
-            return bool(limits.min <= bounds[0]) and bool(bounds[1] <= limits.max)
-        return dtype in (torch.int64, torch.int32)  # a symbolic length
-
-    def _counts_exactly(self, value: sympy.Expr, dtype: torch.dtype) -> bool:
-        limit = _EXACT_INTEGERS.get(dtype)
-        if limit is None or not value.is_integer:
+        if not value.is_integer or dtype.is_complex:
             return False
         bounds = self.space.bounds(value)
         if bounds is None:
+            return dtype == torch.int64
+        limits = torch.iinfo(dtype)
+        if all(b.is_number for b in bounds):
+            return bool(limits.min <= bounds[0]) and bool(bounds[1] <= limits.max)
+        reach = _reach(bounds)
+        return dtype == torch.int64 if reach is None else limits.min < 0 and reach <= limits.max
+
+    def _counts_exactly(self, value: sympy.Expr, dtype: torch.dtype) -> bool:
+        limit = _EXACT_INTEGERS.get(dtype)
+        bounds = self.space.bounds(value)
+        if limit is None or bounds is None or not value.is_integer:
             return False
         if all(b.is_number for b in bounds):
             return max(abs(bounds[0]), abs(bounds[1])) <= limit
-        # A symbolic length: a dense score row of 2**24 keys does not exist, one of 2**11 does.
-        return limit >= 2**24
+        reach = _reach(bounds)
+        return reach is not None and reach <= limit
 
     def _evaluate(self, node: Node, index: Index) -> Value | None:
         if node.op in ("placeholder", "get_attr"):
@@ -234,10 +273,7 @@ class Algebra:
         if kind in _CASTS:
             return self._cast(node, index)
         if kind in _COMPARISONS:
-            a, b = (to_number(self.operand(x, index)) for x in node.args[:2])
-            if all(any(isinstance(v, sympy.Expr) and v.has(Opaque) for v in leaves(x)) for x in (a, b)):
-                return None  # either may be NaN, which is not equal to itself
-            return lift(lambda x, y: _relation(_COMPARISONS[kind], x, y), a, b)
+            return self._comparison(node, index)
         if kind in _ARITHMETIC:
             return self._arithmetic(node, index)
         if kind in _AND + _OR + _XOR:
@@ -249,28 +285,55 @@ class Algebra:
         rule = _RULES.get(kind)
         return rule(self, node, index) if rule is not None else None
 
-    def _cast(self, node: Node, index: Index) -> Value | None:
-        source, target = tensor(node.args[0]).dtype, tensor(node).dtype
-        value = self.operand(node.args[0], index)
-        if source.is_floating_point and not target.is_floating_point and target != torch.bool:
-            whole = lift(lambda v: sympy.true if v.is_integer else sympy.false, to_number(value))
-            return value if whole == TRUE else None  # truncation
-        return value
+    def _cast(self, node: Node, index: Index) -> Value:
+        return self.cast(self.operand(node.args[0], index), tensor(node.args[0]).dtype, tensor(node).dtype)
+
+    def _comparison(self, node: Node, index: Index) -> Value:
+        relation, dtype = _COMPARISONS[packet(node)], _promoted(node)
+        results = [
+            lift(lambda x, y: _comparable(relation, x, y, dtype), a, b)
+            for a in self._roundings(node.args[0], index, dtype)
+            for b in self._roundings(node.args[1], index, dtype)
+        ]
+        return _only(results)
+
+    def _roundings(self, x: Any, index: Index, dtype: torch.dtype) -> list[Value]:
+        """An operand in the dtype of its operation. One that is not of these 16 bits yet, a Python number say, some
+        kernels round to them and others to float32."""
+        held = x.meta.get("val") if isinstance(x, Node) else None
+        other = not isinstance(held, torch.Tensor) or held.dtype not in (dtype, torch.bool)
+        dtypes = [dtype, torch.float32] if other and dtype in _HALVES else [dtype]
+        found = [to_number(self.converted(x, index, d)) for d in dtypes]
+        return found[:1] if found[-1] == found[0] else found
 
     def _arithmetic(self, node: Node, index: Index) -> Value | None:
         if argument(node, 2, "alpha", 1) != 1 or _is_bool(node):
             return None
-        kind = packet(node)
-        a, b = (to_number(self.operand(x, index)) for x in node.args[:2])
+        return self._computed(_ARITHMETIC[packet(node)], node, index)
 
-        def apply(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
-            if kind is aten.mul and ((x.is_infinite and y.is_zero) or (x.is_zero and y.is_infinite)):
-                return sympy.nan
-            return sympy.expand(_ARITHMETIC[kind](x, y))
+    def _computed(self, function: Callable[..., Any], node: Node, index: Index) -> Value:
+        """``function`` of a node's two operands, as its dtype holds it."""
+        dtype = tensor(node).dtype
+        results = [
+            self._exact(lift(lambda x, y: compute(function, x, y, dtype), a, b), dtype)
+            for a in self._roundings(node.args[0], index, dtype)
+            for b in self._roundings(node.args[1], index, dtype)
+        ]
+        return _only(results)
 
-        result = lift(apply, a, b)
-        opaque = [any(not is_condition(v) and v.has(Opaque) for v in leaves(x)) for x in (a, b, result)]
-        return None if any(opaque[:2]) and not opaque[2] else result  # x - x is not 0 where x is infinite
+    def divided(self, node: Node, index: Index, part: int) -> Value:
+        """The quotient (0) or the remainder (1) of a floor division by a positive integer."""
+        dtype = tensor(node).dtype
+        a, b = (self.converted(x, index, dtype) for x in node.args[:2])
+        if isinstance(b, Choice) or not (b.is_positive and b.is_integer):
+            raise Unknown
+
+        def divide(v: sympy.Expr) -> sympy.Expr:
+            if not v.is_integer:
+                raise Unknown
+            return self.space.divmod(v, b)[part]
+
+        return lift(divide, a)
 
     def _logic(self, node: Node, index: Index) -> Value | None:
         if not _is_bool(node):
@@ -286,20 +349,87 @@ def _is_bool(node: Node) -> bool:
     return tensor(node).dtype == torch.bool
 
 
+def _is_opaque(value: Value) -> bool:
+    """Whether a value, the condition of a choice aside, is a number read from a tensor that is not understood."""
+    return any(not is_condition(v) and v.has(Opaque) for v in leaves(value))
+
+
+def _is_lossless(source: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether a cast keeps every number as it is."""
+    if source == torch.bool:
+        return True
+    return source.is_floating_point == dtype.is_floating_point and torch.promote_types(source, dtype) == dtype
+
+
+def _promoted(node: Node) -> torch.dtype:
+    """The dtype in which torch compares a node's two operands."""
+    operands = [x.meta["val"] if isinstance(x, Node) else x for x in node.args[:2]]
+    plain = {torch.SymInt: 1, torch.SymFloat: 1.0, torch.SymBool: True}
+    return torch.result_type(*(plain.get(type(x), x) for x in operands))
+
+
+def _comparable(relation: type, a: sympy.Expr, b: sympy.Expr, dtype: torch.dtype) -> Boolean:
+    opaque = [x.has(Opaque) for x in (a, b)]
+    if any(opaque) and sympy.nan not in (a, b):
+        # It may be NaN, which is not equal to itself, and neither less than a number nor not less.
+        if all(opaque) or dtype.is_floating_point and relation not in (sympy.Eq, sympy.Ne):
+            raise Unknown
+    return _relation(relation, a, b)
+
+
+def compute(function: Callable[..., Any], a: sympy.Expr, b: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
+    """``function`` of two numbers as torch computes it in ``dtype``, except for rounding 16 bits' result to them.
+
+    Raises:
+        Unknown: an operand is opaque: it may be infinite, NaN or large enough for anything to be lost.
+    """
+    if a.has(Opaque) or b.has(Opaque):
+        raise Unknown
+    if sympy.nan in (a, b):
+        return sympy.nan
+    if a.is_number and b.is_number and dtype.is_floating_point:
+        precise = torch.float32 if dtype in _HALVES else dtype
+        x, y = (torch.tensor(float(v), dtype=torch.float64, device="cpu").to(precise) for v in (a, b))
+        return number(function(x, y).item())
+    return sympy.expand(function(a, b))
+
+
+def _only(results: list[Value]) -> Value:
+    if any(r != results[0] for r in results[1:]):
+        raise Unknown
+    return results[0]
+
+
+def _reach(bounds: tuple[sympy.Expr, sympy.Expr]) -> int | None:
+    """How far from zero bounds in symbolic lengths can be, or None if they are no polynomials."""
+    reach = 0
+    for bound in bounds:
+        lengths = bound.free_symbols
+        if not bound.is_polynomial(*lengths):
+            return None
+        terms = sympy.Poly(bound, *lengths).terms() if lengths else [((), bound)]
+        reach = max(reach, sum(abs(factor) * _LONGEST ** sum(powers) for powers, factor in terms))
+    return reach
+
+
 def leaves(value: Value) -> list[sympy.Expr | Boolean]:
     """Every value that a choice may turn out to be."""
     return leaves(value.yes) + leaves(value.no) if isinstance(value, Choice) else [value]
 
 
-def round_to(number: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
-    if number in (sympy.nan, sympy.zoo):
-        return number
-    rounded = torch.tensor(float(number), dtype=torch.float64).to(dtype).item()
-    if math.isinf(rounded):
-        return sympy.oo if rounded > 0 else -sympy.oo
-    if math.isnan(rounded):
+def number(x: Any) -> Value:
+    """A Python number as it is: a whole float is an integer."""
+    if isinstance(x, float) and math.isfinite(x):
+        return sympy.Integer(int(x)) if x.is_integer() else sympy.Float(x, 17)
+    return sympy.sympify(x)
+
+
+def round_to(value: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
+    if value in (sympy.nan, sympy.zoo):
         return sympy.nan
-    return sympy.Integer(int(rounded)) if rounded == int(rounded) else sympy.Float(rounded, 17)
+    whole = value.is_Integer and abs(value) < 2**63
+    exact = torch.tensor(int(value) if whole else float(value), dtype=None if whole else torch.float64, device="cpu")
+    return number(exact.to(dtype).item())
 
 
 Rule = Callable[[Algebra, Node, Index], Value | None]
@@ -327,68 +457,66 @@ def _scalar_tensor(algebra: Algebra, node: Node, index: Index) -> Value:
 
 @_rule(aten.arange)
 def _arange(algebra: Algebra, node: Node, index: Index) -> Value | None:
-    start, step = (node.args[0], ONE) if len(node.args) > 1 else (ZERO, ONE)
-    if len(node.args) > 2:
-        step = node.args[2]
-    start, step = algebra.value(start, ()), algebra.value(step, ())
+    start = algebra.value(node.args[0] if len(node.args) > 1 else 0, ())
+    step = algebra.value(argument(node, 2, "step", 1), ())
     return sympy.expand(start + step * index[0])
 
 
 @_rule(aten.neg)
 def _neg(algebra: Algebra, node: Node, index: Index) -> Value:
-    return lift(lambda v: -v, to_number(algebra.operand(node.args[0], index)))
+    def negative(v: sympy.Expr) -> sympy.Expr:
+        if v.has(Opaque):
+            raise Unknown
+        return -v
+
+    return lift(negative, to_number(algebra.operand(node.args[0], index)))
 
 
 @_rule(aten.abs)
 def _abs(algebra: Algebra, node: Node, index: Index) -> Value | None:
     def absolute(v: sympy.Expr) -> Value:
-        negative = _relation(sympy.Lt, v, ZERO)
-        return choose(negative, -v, v)
+        if v is sympy.nan or v.has(Opaque):
+            raise Unknown
+        return choose(_relation(sympy.Lt, v, ZERO), -v, v)
 
     return lift(absolute, to_number(algebra.operand(node.args[0], index)))
 
 
 @_rule(aten.div)
 def _div(algebra: Algebra, node: Node, index: Index) -> Value | None:
-    a, b = (to_number(algebra.operand(x, index)) for x in node.args[:2])
-    if isinstance(b, Choice) or not b.is_number or b.is_zero:
+    b = algebra.operand(node.args[1], index)
+    if isinstance(b, Choice) or is_condition(b) or not b.is_number or b.is_zero:
         return None
     mode = node.kwargs.get("rounding_mode")
     if mode is None:
-        return lift(lambda v: v / b, a)
-    if mode == "floor" and b.is_positive and b.is_integer:
-        return lift(lambda v: algebra.space.divmod(v, b)[0], a)
-    return None
+        exactly = algebra._computed(operator.truediv, node, index)
+        # CUDA multiplies by the reciprocal of a scalar.
+        return _only([exactly, algebra._computed(lambda x, y: x * (1 / y), node, index)])
+    return algebra.divided(node, index, 0) if mode == "floor" else None
 
 
 @_rule(aten.floor_divide)
-def _floor_divide(algebra: Algebra, node: Node, index: Index) -> Value | None:
-    a, b = (to_number(algebra.operand(x, index)) for x in node.args[:2])
-    if isinstance(b, Choice) or not (b.is_positive and b.is_integer):
-        return None
-    return lift(lambda v: algebra.space.divmod(v, b)[0], a)
+def _floor_divide(algebra: Algebra, node: Node, index: Index) -> Value:
+    return algebra.divided(node, index, 0)
 
 
 @_rule(aten.remainder)
-def _remainder(algebra: Algebra, node: Node, index: Index) -> Value | None:
-    a, b = (to_number(algebra.operand(x, index)) for x in node.args[:2])
-    if isinstance(b, Choice) or not (b.is_positive and b.is_integer):
-        return None
-    return lift(lambda v: algebra.space.divmod(v, b)[1], a)
+def _remainder(algebra: Algebra, node: Node, index: Index) -> Value:
+    return algebra.divided(node, index, 1)
 
 
 @_rule(aten.where)
 def _where(algebra: Algebra, node: Node, index: Index) -> Value | None:
     if len(node.args) < 3:
         return None
-    condition, yes, no = (algebra.operand(x, index) for x in node.args[:3])
-    return lift(lambda c: choose(c, yes, no), to_boolean(condition))
+    yes, no = (algebra.converted(x, index, tensor(node).dtype) for x in node.args[1:3])
+    return lift(lambda c: choose(c, yes, no), to_boolean(algebra.operand(node.args[0], index)))
 
 
 @_rule(aten.masked_fill)
 def _masked_fill(algebra: Algebra, node: Node, index: Index) -> Value:
-    kept, condition, fill = (algebra.operand(x, index) for x in node.args[:3])
-    return lift(lambda c: choose(c, fill, kept), to_boolean(condition))
+    kept, fill = (algebra.converted(x, index, tensor(node).dtype) for x in node.args[:3:2])
+    return lift(lambda c: choose(c, fill, kept), to_boolean(algebra.operand(node.args[1], index)))
 
 
 @_rule(aten.tril, aten.triu)
@@ -436,7 +564,8 @@ def _cumsum(algebra: Algebra, node: Node, index: Index) -> Value | None:
     source, dim = node.args[:2]
     dim %= len(index)
     along = algebra.space.symbol("summed", size_expr(tensor(node).shape[dim]))
-    term = to_number(algebra.operand(source, (*index[:dim], along, *index[dim + 1 :])))
+    term = algebra.operand(source, (*index[:dim], along, *index[dim + 1 :]))
+    term = to_number(algebra.cast(term, tensor(source).dtype, tensor(node).dtype))
     if isinstance(term, Choice) or term.free_symbols & along.free_symbols or term.has(Opaque):
         return None
     return sympy.expand(term * (index[dim] + 1))
@@ -454,7 +583,12 @@ def _diff(algebra: Algebra, node: Node, index: Index) -> Value | None:
         return to_number(algebra.operand(source, (*index[:dim], position, *index[dim + 1 :])))
 
     def difference(a: Value, b: Value) -> Value:
-        return lift(lambda x, y: sympy.expand(x - y), a, b)
+        return lift(subtract, a, b)
+
+    def subtract(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
+        if not (x.is_integer and y.is_integer):
+            raise Unknown
+        return sympy.expand(x - y)
 
     i = index[dim]
     if before is None:
