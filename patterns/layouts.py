@@ -10,6 +10,7 @@ from collections.abc import Callable
 import sympy
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .indices import ZERO, Index, Space, broadcast_index, reshape_index, shape_exprs, size_expr
 
@@ -143,9 +144,22 @@ def _movedim(space: Space, node: Node, index: Index) -> Step:
 def _select(space: Space, node: Node, index: Index) -> Step | None:
     source, dim, at = node.args[:3]
     dim %= rank(source)
-    if isinstance(at, int) and at < 0:
-        at = size_expr(tensor(source).shape[dim]) + at
-    return source, (*index[:dim], size_expr(at), *index[dim:])
+    at = _from_front(at, size_expr(tensor(source).shape[dim]))
+    return None if at is None else (source, (*index[:dim], at, *index[dim:]))
+
+
+def _from_front(position: object, size: sympy.Expr) -> sympy.Expr | None:
+    """A position that counts from the end if it is negative, or None where its sign is not known."""
+    at = size_expr(position)
+    if at.is_negative or _is_guarded(position, operator.lt):
+        return size + at
+    return at if at.is_nonnegative or _is_guarded(position, operator.ge) else None
+
+
+def _is_guarded(position: object, relation: Callable[[object, int], object]) -> bool:
+    """Whether the guards that tracing has added say on which side of zero a symbolic position is."""
+    value = position.meta["val"] if isinstance(position, Node) else position
+    return isinstance(value, torch.SymInt) and statically_known_true(relation(value, 0))
 
 
 @_rule(aten.slice)
@@ -154,12 +168,8 @@ def _slice(space: Space, node: Node, index: Index) -> Step | None:
     dim = argument(node, 1, "dim", 0) % rank(source)
     start, step = argument(node, 2, "start"), argument(node, 4, "step", 1)
     size = size_expr(tensor(source).shape[dim])
-    first = ZERO if start is None else size_expr(start)
-    if first.is_negative:
-        first = size + first
-        if first.is_negative:
-            return None
-    elif first != 0 and not (first.is_integer and size.is_integer):
+    first = ZERO if start is None else _from_front(start, size)
+    if first is None or first.is_negative or first != 0 and not (first.is_integer and size.is_integer):
         return None
     return source, (*index[:dim], first + size_expr(step) * index[dim], *index[dim + 1 :])
 

@@ -7,7 +7,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fa3_inductor.patterns import layouts
-from fa3_inductor.patterns.indices import Space
+from fa3_inductor.patterns.indices import Space, shape_exprs, size_expr
 
 from .test_indices import everywhere, symbols
 
@@ -122,3 +122,19 @@ def test_no_layout(function):
     node = output_node(function, torch.arange(24).view(2, 3, 4))
     space = Space()
     assert layouts.layout_step(space, node, symbols(space, node.meta["val"].shape)) is None
+
+
+@pytest.mark.parametrize("n", [3, -3])
+@pytest.mark.parametrize("take", [lambda x, n: x.select(0, n), lambda x, n: x[n:]], ids=["select", "slice"])
+def test_a_symbolic_position_may_count_from_the_end(take, n):
+    graph = make_fx(take, tracing_mode="symbolic")(torch.zeros(8, 5), n).graph
+    whole, position = graph.find_nodes(op="placeholder")
+    node = graph.output_node().args[0]
+    while layouts.packet(node) not in (aten.select, aten.slice) or node.args[1] != 0:
+        node = node.args[0]
+    space = Space()
+    index = symbols(space, shape_exprs(node.meta["val"]))
+    source, (row, *_) = layouts.layout_step(space, node, index)
+    within = index[0] if len(index) == 2 else 0
+    expected = size_expr(position) + (size_expr(whole.meta["val"].shape[0]) if n < 0 else 0)
+    assert source is whole and row - within == expected
