@@ -56,6 +56,8 @@ def prove(space: Space, condition: Boolean, axes: Axes) -> Mask:
             if any(decide(space, p) == TRUE for p in undecided):
                 continue
             part = sympy.Or(*undecided)
+            if part == FALSE:
+                return Mask(None, None, (), nothing_visible=True)
         bounds = _window_bounds(part, axes)
         if bounds is None:
             rest.append(part)

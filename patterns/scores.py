@@ -221,6 +221,9 @@ def _split_sum(
                 break  # rounding of the sum is not the sum of the roundings
             step = inner.args[0], inner_index
         inner, inner_index = step
+    # (A sum of bools is an or, and one of integers may wrap around.)
+    if not tensor(inner).is_floating_point():
+        return (Added(node, index, coefficient, dtype),)
     if packet(inner) is aten.add and argument(inner, 2, "alpha", 1) == 1 and all(_is_tensor(x) for x in inner.args[:2]):
         parts = [(x, broadcast_index(inner_index, shape_exprs(tensor(x)))) for x in inner.args[:2]]
         return tuple(t for x, i in parts for t in _split_sum(algebra, x, i, coefficient, dtype))
@@ -249,7 +252,8 @@ def _hidden(algebra: Algebra, node: Node, index: Index) -> Scores:
             raise NotScores(
                 Reason.FILL_VALUE, f"'{node.name}' writes something other than one number over hidden scores"
             )
-        if not fill <= MASK_THRESHOLD:
+        fill = round_to(fill, tensor(node).dtype)
+        if not is_low(fill):
             raise NotScores(
                 Reason.FILL_VALUE, f"'{node.name}' writes {float(fill):g}, a mask has at most {MASK_THRESHOLD:g}"
             )
@@ -269,6 +273,11 @@ def _not_understood(algebra: Algebra, node: Node, index: Index) -> Scores:
             what = "a detach or a hook" if packet(node) is aten.detach else str(node.target)
             raise NotScores(Reason.SCORE_OP, f"'{node.name}' ({what}) on the scores")
     raise NotScores
+
+
+def is_low(fill: sympy.Expr) -> bool:
+    """Whether a number is low enough to hide a key; NaN is not."""
+    return bool(fill.is_extended_real and fill <= MASK_THRESHOLD)
 
 
 def visible_where(algebra: Algebra, term: Added | Hidden) -> Boolean | None:
@@ -292,6 +301,6 @@ def _visible(value: Value, coefficient: sympy.Expr) -> Boolean | None:
     if value.is_zero:
         return TRUE
     scaled = coefficient * value
-    if scaled.is_extended_real and scaled.is_number and bool(scaled <= MASK_THRESHOLD):
+    if scaled.is_number and is_low(scaled):
         return FALSE
     return None

@@ -10,7 +10,7 @@ from .layouts import NO_GRAD, layout_step
 from .masks import FULL, Axes, Mask, no_row_is_empty, prove
 from .operands import Roles
 from .reasons import Reason
-from .scores import MASK_THRESHOLD, Added, Hidden, visible_where
+from .scores import MASK_THRESHOLD, Added, Hidden, is_low, visible_where
 from .spec import Empty, Operand, Rejected, Term, TermKind
 
 aten = torch.ops.aten
@@ -40,7 +40,7 @@ def read_terms(
                 continue
         operand = _side_operand(space, raw_term, roles)
         if isinstance(raw_term, Hidden):
-            if not raw_term.fill <= MASK_THRESHOLD:
+            if not is_low(raw_term.fill):
                 value = f"{float(raw_term.fill):g} by the time of the softmax"
                 raise Rejected(Reason.FILL_VALUE, f"hidden scores are {value}, a mask has at most {MASK_THRESHOLD:g}")
             kind = TermKind.DROP if raw_term.hides else TermKind.KEEP

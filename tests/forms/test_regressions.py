@@ -432,3 +432,49 @@ def test_autocast_with_operands_of_two_dtypes(target):
 
     args = [torch.randn(B, H, S, D), torch.randn(D, D) / 4]
     torch.testing.assert_close(fuse(fn, target=target)[0](*args), fn(*args), atol=3e-2, rtol=3e-2)
+
+
+def where_with_a_fill_below_float16(q, k, v, keep):
+    return torch.where(keep, q @ k.mT * 0.25, -1e30).softmax(-1) @ v
+
+
+@TARGETS
+def test_a_fill_is_rounded_to_the_dtype_of_the_scores(target):
+    keep = torch.ones(S, S, dtype=torch.bool).tril()
+    keep[3] = False
+    args = [*(x.half() for x in qkv()), keep]
+    report = same_as_eager(where_with_a_fill_below_float16, args, grads=False, target=target, atol=1e-2)
+    assert [s.status for s in report.sites] == ["fused"]
+
+
+def test_a_sum_of_bools_is_an_or():
+    args = [*qkv(), *(torch.rand(S, S) > 0.5 for _ in range(2))]
+    same_as_eager(lambda q, k, v, a, b: (q @ k.mT + (a + b).float()).softmax(-1) @ v, args)
+
+
+def test_a_comparison_with_nan():
+    def fn(q, k, v):
+        hidden = torch.ones(S, S).triu(1) > float("nan")
+        return (q @ k.mT).masked_fill(hidden, INF).softmax(-1) @ v
+
+    assert [(s.status, s.mask) for s in same_as_eager(fn, qkv()).sites] == [("fused", "full")]
+
+
+def test_a_mask_that_compares_in_float32():
+    def fn(q, k, v):
+        keep = torch.full((S, S), 0.1).tril() == 0.1
+        return (q @ k.mT).masked_fill(~keep, INF).softmax(-1) @ v
+
+    assert [(s.status, s.mask) for s in same_as_eager(fn, qkv()).sites] == [("fused", "causal")]
+
+
+def test_a_position_that_counts_from_the_end():
+    def fn(q, k, v, n):
+        row = torch.arange(64)[n] - 60
+        return (q @ k.mT).masked_fill(torch.arange(S) > row + torch.arange(S)[:, None], INF).softmax(-1) @ v
+
+    compiled, report = fuse(fn)
+    args = qkv()
+    for n in (-4, -3, -2):
+        torch.testing.assert_close(compiled(*args, n), fn(*args, n), atol=1e-4, rtol=1e-3)
+    assert "+ 4" in report.sites[-1].mask

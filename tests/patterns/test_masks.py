@@ -74,6 +74,7 @@ def test_what_always_holds_is_dropped(true):
 @pytest.mark.parametrize("false", [K < 0, K >= 9, Q - K > 5, K >= Q + 9, sympy.false, sympy.Eq(K, 9)])
 def test_what_never_holds(false):
     assert prove(SPACE, sympy.And(false, PADDING), AXES).nothing_visible
+    assert prove(SPACE, sympy.Or(false, K > Q + 10, evaluate=False), AXES).nothing_visible
     assert prove(SPACE, sympy.Or(false, K <= Q), AXES) == Mask(None, sympy.Integer(0), ())
     assert not no_row_is_empty(prove(SPACE, false, AXES), AXES)
 
