@@ -1,8 +1,13 @@
 """The kernels and whole models beside PyTorch's own, on a Hopper GPU.
 
 `python -m fa3_inductor.bench forward`: 16384 tokens of width 2048, BF16, as in FlashAttention-3's paper. Kernel times
-are medians over replays of a CUDA graph; TFLOP/s counts 4 * B * H * S^2 * D, halved for causal. `--peers DIR` adds
-FlashAttention-3 itself, from a wheel of fa3-fwd in DIR. Nothing is timed before it has been compared with float64.
+are medians over replays of a CUDA graph, the contestants taking turns; TFLOP/s counts 4 * B * H * S^2 * D, halved for
+causal. `--peers DIR` adds FlashAttention-3 itself, from a wheel of fa3-fwd in DIR; `--plot FILE` draws the grid (needs
+matplotlib). Nothing is timed before it has been compared with float64.
+
+`python -m fa3_inductor.bench features`: what head dims, windows and terms on the scores cost, beside the plain kernel.
+
+`python -m fa3_inductor.bench launch`: microseconds that a call keeps the host busy.
 
 `python -m fa3_inductor.bench model`: a Llama of transformers through `torch.compile`, stock and with the pass; medians
 of whole calls.
@@ -13,9 +18,11 @@ import functools
 import glob
 import itertools
 import json
+import math
 import os
 import sys
 import tempfile
+import time
 import types
 import zipfile
 from collections.abc import Callable
@@ -25,6 +32,7 @@ import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from fa3_inductor import ops  # noqa: F401  (registers the operators)
 from fa3_inductor.kernels.forward import attention_forward
 from fa3_inductor.kernels.reference import attention_reference
 
@@ -44,6 +52,18 @@ def flash_attention_3(folder: str) -> Callable:
     return fa3_fwd_interface.flash_attn_func
 
 
+@functools.cache
+def flex_attention() -> Callable:
+    """FlexAttention compiled for static shapes, as `call(q, k, v, causal)`."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    causal_mask = functools.cache(
+        lambda seqlen: create_block_mask(lambda b, h, q, k: q >= k, None, None, seqlen, seqlen, device="cuda")
+    )
+    return lambda q, k, v, causal: compiled(q, k, v, block_mask=causal_mask(q.shape[2]) if causal else None)
+
+
 def forward_providers(q, k, v, causal: bool, peers: str | None) -> dict[str, Callable[[], torch.Tensor]]:
     """What computes the same attention of q, k, v: [B, H, S, D], by name."""
     scale = q.shape[3] ** -0.5
@@ -56,6 +76,7 @@ def forward_providers(q, k, v, causal: bool, peers: str | None) -> dict[str, Cal
         "ours": lambda: attention_forward(q, k, v, scale=scale, window_right=0 if causal else None)[0],
         "cuDNN": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
         "FA2": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
+        "Flex": lambda: flex_attention()(q, k, v, causal),
     }
     if peers:
         function, bshd = flash_attention_3(peers), [x.transpose(1, 2) for x in (q, k, v)]
@@ -63,11 +84,20 @@ def forward_providers(q, k, v, causal: bool, peers: str | None) -> dict[str, Cal
     return providers
 
 
-def replay_ms(function: Callable) -> float:
-    """Median time of one call, replayed from a CUDA graph."""
+def replay_ms(function: Callable, rep: int = 50) -> float:
+    """Median time of one call, replayed from a CUDA graph for about ten times `rep` milliseconds."""
     function()
     with torch.cuda.stream(torch.cuda.Stream()):
-        return triton.testing.do_bench_cudagraph(function, rep=50, return_mode="median")
+        return triton.testing.do_bench_cudagraph(function, rep=rep, return_mode="median")
+
+
+def in_turns(providers: dict[str, Callable]) -> dict[str, float]:
+    """Milliseconds of each, the better of two turns: clocks and temperature drift."""
+    times = {name: [] for name in providers}
+    for _ in range(2):
+        for name, function in providers.items():
+            times[name].append(replay_ms(function, rep=15))
+    return {name: min(both) for name, both in times.items()}
 
 
 def inputs(batch: int, heads: int, seqlen: int, head_dim: int) -> list[torch.Tensor]:
@@ -77,33 +107,139 @@ def inputs(batch: int, heads: int, seqlen: int, head_dim: int) -> list[torch.Ten
     ]
 
 
-def check(head_dim: int, causal: bool, peers: str | None) -> None:
+def check(head_dim: int, causal: bool, names: list[str], peers: str | None) -> None:
     """Raises AssertionError if one of the providers is wrong on a small problem."""
     q, k, v = inputs(2, 2, 1000, head_dim)
     exact, _ = attention_reference(
         *(x.double() for x in (q, k, v)), scale=head_dim**-0.5, window_right=0 if causal else None
     )
     for name, function in forward_providers(q, k, v, causal, peers).items():
-        error = ((function().double() - exact).norm() / exact.norm()).item()
-        assert error < 5e-3, f"{name} is wrong: D {head_dim}, causal {causal}, relative error {error}"
+        if name in names:
+            error = ((function().double() - exact).norm() / exact.norm()).item()
+            assert error < 5e-3, f"{name} is wrong: D {head_dim}, causal {causal}, relative error {error}"
 
 
-def forward(seqlens: list[int], peers: str | None) -> list[dict]:
+def forward(args: argparse.Namespace) -> list[dict]:
+    """Every head_dim, mask and length of the grid."""
     rows = []
-    for head_dim in (64, 128):
-        for causal in (False, True):
-            check(head_dim, causal, peers)
-            for seqlen in seqlens:
-                batch, heads = max(1, TOKENS // seqlen), WIDTH // head_dim
-                flops = 4 * batch * heads * seqlen**2 * head_dim / (2 if causal else 1)
-                providers = forward_providers(*inputs(batch, heads, seqlen, head_dim), causal, peers)
-                tflops = {name: flops / replay_ms(function) / 1e9 for name, function in providers.items()}
-                rows.append(dict(head_dim=head_dim, causal=causal, seqlen=seqlen, tflops=tflops))
-                if len(rows) == 1:
-                    print(f"{'D':>4} {'mask':6} {'S':>6}" + "".join(f"{name:>8}" for name in tflops))
-                mask = "causal" if causal else "full"
-                print(f"{head_dim:4} {mask:6} {seqlen:6}" + "".join(f"{t:8.0f}" for t in tflops.values()), flush=True)
+    for head_dim, causal in itertools.product((64, 128, 256), (False, True)):
+        check(head_dim, causal, args.providers, args.peers)
+        for seqlen in args.seqlens:
+            batch, heads = max(1, TOKENS // seqlen), WIDTH // head_dim
+            flops = 4 * batch * heads * seqlen**2 * head_dim / (2 if causal else 1)
+            providers = forward_providers(*inputs(batch, heads, seqlen, head_dim), causal, args.peers)
+            times = in_turns({name: providers[name] for name in args.providers if name in providers})
+            tflops = {name: flops / ms / 1e9 for name, ms in times.items()}
+            rows.append(dict(head_dim=head_dim, causal=causal, seqlen=seqlen, tflops=tflops))
+            if len(rows) == 1:
+                print(f"{'D':>4} {'mask':6} {'S':>6}" + "".join(f"{name:>8}" for name in tflops))
+            mask = "causal" if causal else "full"
+            print(f"{head_dim:4} {mask:6} {seqlen:6}" + "".join(f"{t:8.0f}" for t in tflops.values()), flush=True)
+    ratios = summary(rows)
+    for name, (geometric_mean, worst) in ratios.items():
+        print(f"ours / {name}: geometric mean {geometric_mean:.3f}, at worst {worst:.3f}")
+    if args.plot:
+        plot(rows, args.plot)
     return rows
+
+
+def summary(rows: list[dict]) -> dict[str, tuple[float, float]]:
+    """Geometric mean and minimum of our speed over each other's, and over the best of the others."""
+    names = [name for name in rows[0]["tflops"] if name != "ours"]
+    contests = {name: [row["tflops"]["ours"] / row["tflops"][name] for row in rows] for name in names}
+    if len(names) > 1:
+        contests["the best"] = [row["tflops"]["ours"] / max(row["tflops"][n] for n in names) for row in rows]
+    return {
+        name: (math.exp(sum(map(math.log, ratios)) / len(ratios)), min(ratios)) for name, ratios in contests.items()
+    }
+
+
+def plot(rows: list[dict], file: str) -> None:
+    """Draws the grid of `forward` as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    for axis, (causal, head_dim) in zip(axes.flat, itertools.product((False, True), (64, 128, 256))):
+        of_axis = [row for row in rows if (row["head_dim"], row["causal"]) == (head_dim, causal)]
+        for name in of_axis[0]["tflops"] if of_axis else ():
+            axis.plot([str(r["seqlen"]) for r in of_axis], [r["tflops"][name] for r in of_axis], marker="o", label=name)
+        axis.set(title=f"head_dim {head_dim}, {'causal' if causal else 'full'}", xlabel="seqlen", ylabel="TFLOP/s")
+        axis.set_ylim(bottom=0)
+        axis.legend()
+    figure.savefig(file, dpi=100)
+
+
+def features(args: argparse.Namespace) -> list[dict]:
+    """Speed per FLOP of what the kernel can do beside that of plain attention of head_dim 128, 8192 positions."""
+    batch, heads, seqlen, window = 2, 16, 8192, 1024
+    rand = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    keys = torch.arange(seqlen, device="cuda")
+    padding = (keys < torch.tensor([[seqlen], [seqlen - 1000]], device="cuda")).view(batch, 1, 1, seqlen)
+    causal = dict(window_right=0)
+    cases = {  # name: head_dim, head_dim_v, options, share of the S^2 pairs that are visible
+        "full": (128, 128, {}, 1.0),
+        "causal": (128, 128, causal, 0.5),
+        "causal, kv heads 4": (128, 128, causal, 0.5),
+        "causal, window 1024": (128, 128, dict(window_left=window - 1, window_right=0), window / seqlen),
+        "causal, softcap 50": (128, 128, dict(softcap=50.0, **causal), 0.5),
+        "causal, sinks": (128, 128, dict(sinks=rand(heads), **causal), 0.5),
+        "full, key padding": (128, 128, dict(mask=padding), 1.0),
+        "full, bias [h, q, k]": (128, 128, dict(bias=rand(1, heads, seqlen, seqlen)), 1.0),
+        "full, mask [q, k]": (128, 128, dict(mask=keys[:, None] * 7 % 5 < keys % 7), 1.0),
+        "full, head_dim 96": (96, 96, {}, 1.0),
+        "full, head_dim 80": (80, 80, {}, 1.0),
+        "causal, head_dim 192 / 128": (192, 128, causal, 0.5),
+        "full, head_dim 256, bias [h, q, k]": (256, 256, dict(bias=rand(1, heads, seqlen, seqlen)), 1.0),
+    }
+    rows = []
+    print(f"{'':36} {'ms':>7} {'TFLOP/s':>8} {'of plain':>8}")
+    for name, (head_dim, head_dim_v, options, share) in cases.items():
+        q, k, _ = inputs(batch, heads, seqlen, head_dim)
+        v = inputs(batch, heads, seqlen, head_dim_v)[2]
+        if "kv heads" in name:
+            k, v = k[:, :4], v[:, :4]
+        options = dict(scale=head_dim**-0.5, **options)
+        ms = replay_ms(lambda q=q, k=k, v=v, options=options: attention_forward(q, k, v, **options)[0], rep=25)
+        tflops = 2 * batch * heads * seqlen**2 * (head_dim + head_dim_v) * share / ms / 1e9
+        plain = next((row["tflops"] for row in rows if name.startswith(row["what"])), tflops)
+        rows.append(dict(what=name, ms=ms, tflops=tflops, of_plain=tflops / plain))
+        print(f"{name:36} {ms:7.3f} {tflops:8.0f} {tflops / plain:8.2f}", flush=True)
+    return rows
+
+
+def launch(args: argparse.Namespace) -> list[dict]:
+    """Host time of one call on tiny tensors, with the device's work waited for only at the end."""
+
+    def host_us(function: Callable, calls: int = 2000) -> float:
+        for _ in range(50):
+            function()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        used = time.perf_counter() - start
+        torch.cuda.synchronize()
+        return used / calls * 1e6
+
+    q, k, v = inputs(1, 2, 64, 64)
+    providers = {
+        "an empty Triton kernel": lambda: _empty[(1,)](num_warps=4),
+        "attention_forward": lambda: attention_forward(q, k, v, scale=0.125),
+        "torch.ops.fa3.attention": lambda: torch.ops.fa3.attention(q, k, v, None, None, 0.125, None, None, "hopper"),
+        "scaled_dot_product_attention": lambda: scaled_dot_product_attention(q, k, v),
+    }
+    rows = [dict(what=name, us=host_us(function)) for name, function in providers.items()]
+    for row in rows:
+        print(f"{row['what']:30} {row['us']:7.1f} us")
+    return rows
+
+
+@triton.jit
+def _empty():
+    pass
 
 
 def llama(implementation: str, training: bool) -> torch.nn.Module:
@@ -140,7 +276,7 @@ def step_ms(step: Callable) -> tuple[float, float]:
     return sorted(times)[len(times) // 2], torch.cuda.max_memory_allocated() / 2**30
 
 
-def model(_seqlens: list[int], _peers: str | None) -> list[dict]:
+def model(args: argparse.Namespace) -> list[dict]:
     """A whole model through ``torch.compile``: stock Inductor beside the pass, for both of transformers' attentions."""
     from fa3_inductor.backend import fa3_inductor as backend
 
@@ -175,13 +311,15 @@ def model(_seqlens: list[int], _peers: str | None) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fa3_inductor.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["forward", "model"])
+    parser.add_argument("what", choices=["forward", "features", "launch", "model"])
     parser.add_argument("--seqlens", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--providers", nargs="+", default=["ours", "FA3", "cuDNN", "FA2", "Flex"])
     parser.add_argument("--peers", metavar="DIR", help="folder with a wheel of fa3-fwd")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there")
+    parser.add_argument("--plot", metavar="FILE", help="draw the grid of `forward` there, as a PNG")
     args = parser.parse_args()
     torch.manual_seed(0)
-    rows = {"forward": forward, "model": model}[args.what](args.seqlens, args.peers)
+    rows = {"forward": forward, "features": features, "launch": launch, "model": model}[args.what](args)
     if args.json:
         versions = dict(torch=torch.__version__, triton=triton.__version__, cudnn=torch.backends.cudnn.version())
         with open(args.json, "w") as file:

@@ -35,9 +35,7 @@ def _attention(q, k, v, bias, mask, scale, window_left, window_right, target):
     if target == "hopper" and q.is_cuda:
         from fa3_inductor.kernels.forward import attention_forward
 
-        if bias is not None or mask is not None or window_left is not None:
-            raise ValueError("fa3::attention: the Hopper kernel takes no bias, mask or window_left")
-        return attention_forward(q, k, v, scale=scale, window_right=window_right)
+        return attention_forward(q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right)
     _check(q, k, v, bias, mask, target)
     out, lse = attention_reference(q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right)
     return output_like(q, v.shape[-1]).copy_(out), lse
@@ -54,9 +52,9 @@ def _backward(dout, q, k, v, bias, mask, out, lse, scale, window_left, window_ri
     _check(q, k, v, bias, mask, target)
     dbias = _dbias(q, bias, bias_grad)
     if target == "hopper" and q.is_cuda:
-        if bias is not None or mask is not None or window_left is not None:
-            raise ValueError("fa3::attention_backward: the Hopper path takes no bias, mask or window_left")
-        return *_fused_backward(dout, q, k, v, out, lse, scale, window_right), dbias
+        if bias is not None or mask is not None:
+            raise ValueError("fa3::attention_backward: the Hopper path takes no bias or mask")
+        return *_fused_backward(dout, q, k, v, out, lse, scale, window_left, window_right), dbias
     grads = *_grads(q, k, v), dbias
     reference = attention_backward_reference(
         dout, q, k, v, bias, mask, out, lse, scale=scale, window_left=window_left, window_right=window_right
@@ -130,55 +128,83 @@ def _dbias(q: Tensor, bias: Tensor | None, wanted: bool) -> Tensor:
     return bias.new_empty(bias.shape) if wanted else q.new_empty((0,))
 
 
-def _fused_backward(dout, q, k, v, out, lse, scale, window_right) -> tuple[Tensor, Tensor, Tensor]:
+def _fused_backward(dout, q, k, v, out, lse, scale, window_left, window_right) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv by PyTorch's own fused kernels, which need memory linear in the sequence lengths."""
-    parts = _causal_parts(q.shape[2], k.shape[2], window_right)
-    if len(parts) == 1 and parts[0][:3] == (0, q.shape[2], k.shape[2]):
-        grads = _aten_backward(dout, q, out, lse, k, v, scale, causal=parts[0][3])
+    seqlen_q, seqlen_k = q.shape[2], k.shape[2]
+    if window_left is not None and window_left >= seqlen_q - 1:
+        window_left = None
+    if window_right is not None and window_right >= seqlen_k - 1:
+        window_right = None
+    # cuDNN where its mask (causal from the top left) is the one, else FlashAttention-2 (windows from the bottom right).
+    # Causal, 16 heads of 128, 8192 positions, on an H200: 484 TFLOP/s against 290.
+    if window_left is None and (window_right is None or (window_right == 0 and seqlen_q == seqlen_k)):
+        grads = _cudnn_backward(dout, q, k, v, out, lse, scale, window_right is not None)
         pairs = zip(grads, _grads(q, k, v))
         return tuple(grad if grad.stride() == empty.stride() else empty.copy_(grad) for grad, empty in pairs)
-    dq, dk, dv = (grad.zero_() for grad in _grads(q, k, v))
-    for start, stop, keys, causal in parts:
-        rows = slice(start, stop)
-        per_query = (x[:, :, rows] for x in (dout, q, out, lse))
-        gq, gk, gv = _aten_backward(*per_query, k[:, :, :keys], v[:, :, :keys], scale, causal)
-        dq[:, :, rows] = gq
-        dk[:, :, :keys] += gk
-        dv[:, :, :keys] += gv
-    return dq, dk, dv
+    grads = _grads(q, k, v)
+    rows, keys, left, right = visible_part(seqlen_q, seqlen_k, window_left, window_right)
+    if rows.start > 0 or rows.stop < seqlen_q:
+        grads[0].zero_()
+    if keys.start > 0 or keys.stop < seqlen_k:
+        grads[1].zero_()
+        grads[2].zero_()
+    if rows.start < rows.stop:
+        per_query = (x[:, :, rows] for x in (dout, q, out))
+        dq, dk, dv = _flash_backward(
+            *per_query, k[:, :, keys], v[:, :, keys], lse[:, :, rows], scale, left, right
+        )  # fmt: skip
+        grads[0][:, :, rows].copy_(dq)
+        grads[1][:, :, keys].copy_(dk)
+        grads[2][:, :, keys].copy_(dv)
+    return grads
 
 
-def _causal_parts(seqlen_q: int, seqlen_k: int, window_right: int | None) -> list[tuple[int, int, int, bool]]:
-    """The rows that see any key as at most two blocks (first row, last row + 1, keys from the first, causal).
+def visible_part(
+    seqlen_q: int, seqlen_k: int, window_left: int | None, window_right: int | None
+) -> tuple[slice, slice, int | None, int | None]:
+    """The rows that see any key, the keys that any row sees, and the window between these, from the bottom right.
 
-    A causal block is aligned to its bottom right corner, the other one sees all of its keys. Whatever the shift, the
-    rows are some that see nothing, then a causal block, then a full one.
+    Cut down like that, a window is one that FlashAttention-2 can be told: neither side of it is negative.
     """
-    if window_right is None or window_right >= seqlen_k - 1:
-        return [(0, seqlen_q, seqlen_k, False)]
-    first = min(max(-window_right, 0), seqlen_q)
-    last = min(max(seqlen_k - window_right, first), seqlen_q)
-    causal = [(first, last, last + window_right, True)] if first < last else []
-    return causal + ([(last, seqlen_q, seqlen_k, False)] if last < seqlen_q else [])
+    left = seqlen_q if window_left is None else window_left
+    right = seqlen_k if window_right is None else window_right
+    start, stop = max(0, -right), min(seqlen_q, seqlen_k + left)
+    if start >= stop or left + right < 0:
+        return slice(0, 0), slice(0, 0), None, None
+    first, last = max(0, start - left), min(seqlen_k, stop + right)
+    left_from_bottom = None if window_left is None else window_left + last - stop
+    right_from_bottom = None if window_right is None else window_right - (last - stop)
+    return slice(start, stop), slice(first, last), left_from_bottom, right_from_bottom
 
 
-def _aten_backward(dout, q, out, lse, k, v, scale, causal) -> tuple[Tensor, Tensor, Tensor]:
-    """cuDNN where its causal mask (from the top left) is right; else FlashAttention-2 (from the bottom right).
-
-    Causal, 16 heads of 128, 8192 positions, on an H200: 484 TFLOP/s against 290.
-    """
-    from fa3_inductor.kernels.forward import addressable
-
-    dout, q, out, k, v = (addressable(x) for x in (dout, q, out, k, v))  # their libraries are as particular as TMA is
+def _cudnn_backward(dout, q, k, v, out, lse, scale, causal) -> tuple[Tensor, Tensor, Tensor]:
+    dout, q, out, k, v = _addressable(dout, q, out, k, v)
     if dout.stride() != out.stride():  # cuDNN reads both by the strides of one
         dout = torch.empty_like(out).copy_(dout)
-    seqlen_q, seqlen_k = q.shape[2], k.shape[2]
     no_dropout = q.new_empty(0, dtype=torch.int64), q.new_empty(0, dtype=torch.int64)
-    if not causal or seqlen_q == seqlen_k:
-        return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            dout, q, k, v, out, lse.contiguous().unsqueeze(-1), *no_dropout, None, None, None, seqlen_q, seqlen_k, 0.0,
-            causal, scale=scale,
-        )  # fmt: skip
-    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        dout, q, k, v, out, lse.contiguous(), None, None, seqlen_q, seqlen_k, 0.0, causal, *no_dropout, scale=scale
+    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        dout, q, k, v, out, lse.contiguous().unsqueeze(-1), *no_dropout, None, None, None, q.shape[2], k.shape[2], 0.0,
+        causal, scale=scale,
+    )  # fmt: skip
+
+
+def _flash_backward(dout, q, out, k, v, lse, scale, left, right) -> tuple[Tensor, Tensor, Tensor]:
+    head_dim, head_dim_v = q.shape[3], v.shape[3]
+    wide = max(head_dim, head_dim_v)
+    padded = (
+        x if x.shape[3] == wide else torch.nn.functional.pad(x, (0, wide - x.shape[3])) for x in (dout, q, out, k, v)
     )
+    dout, q, out, k, v = (x.transpose(1, 2) for x in _addressable(*padded))
+    state = q.new_empty(2, dtype=torch.int64), q.new_empty(0, dtype=torch.int64)  # of dropout
+    dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        dout, q, k, v, out, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, False, *state, scale=scale,
+        window_size_left=left, window_size_right=right,
+    )  # fmt: skip
+    dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
+    return dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim_v]
+
+
+def _addressable(*tensors: Tensor) -> list[Tensor]:
+    from fa3_inductor.kernels.forward import addressable
+
+    return [addressable(x) for x in tensors]  # PyTorch's libraries are as particular as TMA is

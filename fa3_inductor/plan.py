@@ -21,8 +21,8 @@ class Plan:
     why: str = ""
 
 
-def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool) -> Plan:
-    """Choose the target of one attention. ``requested`` is ``config.target``.
+def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: bool) -> Plan:
+    """Choose the target of one attention. ``requested`` is ``config.target``, ``trains`` whether gradients are needed.
 
     Raises:
         Rejected: no target computes this attention as the user wrote it.
@@ -36,7 +36,7 @@ def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool) -> Plan:
         if spec.dropout_p:
             return Plan("sdpa", "F.scaled_dot_product_attention", empty, "the reference has no dropout")
         return Plan("reference", "fa3::attention (PyTorch)", empty)
-    why = "asked for by config.target" if requested == "sdpa" else _not_on_hopper(spec, tensors)
+    why = "asked for by config.target" if requested == "sdpa" else _not_on_hopper(spec, tensors, trains)
     if why is None:
         return Plan("hopper", _kernel_name(spec, tensors["q"].dtype), empty)
     return Plan("sdpa", "F.scaled_dot_product_attention", empty, why)
@@ -57,24 +57,23 @@ def _check(spec: AttentionSpec, tensors: dict[str, torch.Tensor]) -> None:
         raise Rejected(Reason.EMPTY, "sizes " + ", ".join(map(str, sizes)))
 
 
-def _not_on_hopper(spec: AttentionSpec, tensors: dict[str, torch.Tensor]) -> str | None:
+def _not_on_hopper(spec: AttentionSpec, tensors: dict[str, torch.Tensor], trains: bool) -> str | None:
     q = tensors["q"]
     if q.device.type != "cuda":
         return f"{q.device.type} tensors"
     if torch.cuda.get_device_capability(q.device) != (9, 0):
         return "the GPU is not sm_90"
-    if any(t.window is None for t in spec.terms):
+    if trains and any(t.window is None for t in spec.terms):
         kinds = {"a bias" if t.kind is TermKind.BIAS else "a mask" for t in spec.terms if t.window is None}
-        return " and ".join(sorted(kinds)) + " as an operand"
+        return " and ".join(sorted(kinds)) + " as an operand, in training"
     if spec.dropout_p:
         return "dropout"
-    if spec.mask.window_left is not None:
-        return "a sliding window"
-    if spec.mask.window_right is not None and seqlen_offset(spec) is None:
-        return f"a window known only as {spec.mask.window_right}"
+    for name, edge, slope in (("left", spec.mask.window_left, -1), ("right", spec.mask.window_right, 1)):
+        if edge is not None and seqlen_offset(spec, edge, slope) is None:
+            return f"a window whose {name} edge is known only as {edge}"
     from .kernels.forward import supports
 
-    return supports(*shapes(spec), q.dtype, None, spec.mask.window_right)
+    return supports(*shapes(spec), q.dtype)
 
 
 def shapes(spec: AttentionSpec) -> tuple[tuple[int | str, ...], ...]:
@@ -91,18 +90,22 @@ def shapes(spec: AttentionSpec) -> tuple[tuple[int | str, ...], ...]:
     )
 
 
-def seqlen_offset(spec: AttentionSpec) -> tuple[int, bool] | None:
-    """``window_right`` as (n, False) = n or (n, True) = seqlen_k - seqlen_q + n; None if it is neither."""
-    right = spec.mask.window_right
-    if right.is_number:
-        return int(right), False
-    rest = sympy.expand(right - (spec.axes.seqlen_k - spec.axes.seqlen_q))
+def seqlen_offset(spec: AttentionSpec, edge: sympy.Expr, slope: int) -> tuple[int, bool] | None:
+    """An edge of the window: (n, False) is n, (n, True) slope * (seqlen_k - seqlen_q) + n; None if it is neither."""
+    if edge.is_number:
+        return int(edge), False
+    rest = sympy.expand(edge - slope * (spec.axes.seqlen_k - spec.axes.seqlen_q))
     return (int(rest), True) if rest.is_number else None
 
 
 def _kernel_name(spec: AttentionSpec, dtype: torch.dtype) -> str:
-    causal = "causal" if spec.mask.window_right is not None else "full"
-    return f"attention_forward[{str(dtype).removeprefix('torch.')}, d{spec.head_dim}, {causal}]"
+    mask = spec.mask
+    words = [str(dtype).removeprefix("torch."), f"d{spec.head_dim}"]
+    if spec.head_dim_v != spec.head_dim:
+        words[-1] += f"/{spec.head_dim_v}"
+    words.append("window" if mask.window_left is not None else "full" if mask.window_right is None else "causal")
+    words += sorted({"bias" if t.kind is TermKind.BIAS else "mask" for t in spec.terms if t.window is None})
+    return f"attention_forward[{', '.join(words)}]"
 
 
 def cost(spec: AttentionSpec, itemsize: int) -> tuple[int | None, int | None]:

@@ -114,7 +114,7 @@ def _try(found: Found, captured: Capture, splicer: Splicer) -> Site:
             raise found.rejection
         if _backend_chosen_by_user(captured, found.anchor):
             raise Rejected(Reason.USER_BACKEND)
-        chosen = plan(found.spec, config.target, config.empty_rows == "relaxed")
+        chosen = plan(found.spec, config.target, config.empty_rows == "relaxed", splicer.trains)
         splicer.splice(found.spec, chosen, found.interior)
     except Rejected as rejection:
         site.status, site.reason, site.detail = "rejected", rejection.reason, rejection.detail

@@ -19,7 +19,7 @@ from .capture import Capture, may_write
 from .patterns.layouts import NO_GRAD, argument, packet
 from .patterns.masks import Mask
 from .patterns.reasons import Reason
-from .patterns.spec import AttentionSpec, Empty, Operand, Rejected, TermKind
+from .patterns.spec import AttentionSpec, Empty, Operand, Rejected, Term, TermKind
 from .plan import Plan, seqlen_offset
 
 aten = torch.ops.aten
@@ -35,6 +35,9 @@ class Splicer:
         self.mode = tracing.mode_of(values) or contextlib.nullcontext()
         self._rebuilt: dict[Node, dict[Node, Node]] = {}  # Dynamo node -> {captured node: its replacement}
         self._removed: set[Node] = set()
+        inputs = (n.meta.get("example_value") for n in captured.inputs.values())
+        wants_gradient = any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+        self.trains = wants_gradient and any(captured.grad_modes.values())
 
     def splice(self, spec: AttentionSpec, plan: Plan, interior: tuple[Node, ...]) -> None:
         """Compute ``spec`` by ``plan`` where its result was computed.
@@ -50,7 +53,7 @@ class Splicer:
         if place.kwargs.get("out") is not None:
             raise Rejected(Reason.OPAQUE, f"'{place.name}' writes its result into a tensor of the user's (out=)")
         values = dict(self._rebuilt.get(place, {}))
-        emit = _Emitter(self.capture, place, values, self.mode)
+        emit = _Emitter(self.capture, place, values, self.mode, self.trains)
         if emit.trains:
             self._check_grad_mode(place, interior)
         try:
@@ -117,15 +120,13 @@ def _is_plain(mask: Mask) -> bool:
 class _Emitter:
     """Adds nodes to the Dynamo graph before one place, with fake values, and can take them out again."""
 
-    def __init__(self, captured: Capture, place: Node, values: dict[Node, Node], mode: Any) -> None:
+    def __init__(self, captured: Capture, place: Node, values: dict[Node, Node], mode: Any, trains: bool) -> None:
         self.capture = captured
         self.place = place
         self.values = values
         self.mode = mode
         self.added: list[Node] = []
-        inputs = (n.meta.get("example_value") for n in captured.inputs.values())
-        wants_gradient = any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
-        self.trains = wants_gradient and any(captured.grad_modes.values())
+        self.trains = trains
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         graph = self.place.graph
@@ -248,7 +249,7 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
     by_window = all(t.window is not None for t in spec.terms)
     if plan.target == "sdpa":
         by_window = by_window and _is_plain(spec.mask)
-        shaped = _Shaped(q, None, None, None) if by_window else _shape_scores(emit, spec, plan, q)
+        shaped = _Shaped(q, None, None, None) if by_window else _shape_scores(emit, spec, plan, q, spec.terms)
         q, bias, mask, row_seen = shaped
         if bias is not None and mask is not None:
             mask = emit.call(torch.where, mask, bias, -math.inf)
@@ -267,13 +268,18 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
             **gqa,
         )
     else:
-        by_window = by_window and spec.mask.window_left is None
-        shaped = _Shaped(q, None, None, None) if by_window else _shape_scores(emit, spec, plan, q)
-        q, bias, mask, row_seen = shaped
-        right = _window_right(emit, spec, q, k) if by_window and spec.mask.window_right is not None else None
-        pair = emit.call(torch.ops.fa3.attention.default, q, k, v, bias, mask, scale, None, right, plan.target)
+        exact = plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO)
+        biased = any(t.kind is TermKind.BIAS for t in spec.terms) or plan.empty is Empty.AS_WRITTEN
+        # Where a row is empty, what a bias makes of it depends on every term of the user's sum.
+        as_tensors = spec.terms if biased and not exact else tuple(t for t in spec.terms if t.window is None)
+        q, bias, mask, row_seen = _shape_scores(emit, spec, plan, q, as_tensors)
+        left = right = None
+        if as_tensors is not spec.terms or by_window:
+            left = _window_edge(emit, spec, spec.mask.window_left, -1, q, k)
+            right = _window_edge(emit, spec, spec.mask.window_right, 1, q, k)
+        pair = emit.call(torch.ops.fa3.attention.default, q, k, v, bias, mask, scale, left, right, plan.target)
         out = emit.call(operator.getitem, pair, 0)
-        if by_window and plan.empty not in (Empty.IMPOSSIBLE, Empty.ZERO):
+        if not exact and not biased:
             lse = emit.call("unsqueeze", emit.call(operator.getitem, pair, 1), -1)
             row_seen = emit.call(operator.gt, lse, -math.inf)
     if row_seen is None or plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO):
@@ -300,14 +306,17 @@ def _scale(emit: _Emitter, spec: AttentionSpec, q: Node) -> Any:
     raise Rejected(Reason.TENSOR_SCALE, f"the scale is {spec.scale}")
 
 
-def _window_right(emit: _Emitter, spec: AttentionSpec, q: Node, k: Node) -> Any:
-    offset = seqlen_offset(spec)
+def _window_edge(emit: _Emitter, spec: AttentionSpec, edge: sympy.Expr | None, slope: int, q: Node, k: Node) -> Any:
+    if edge is None:
+        return None
+    offset = seqlen_offset(spec, edge, slope)
     if offset is None:
-        raise Rejected(Reason.LAYOUT, f"the window is {spec.mask.window_right}")
+        raise Rejected(Reason.LAYOUT, f"the window's edge is {edge}")
     number, relative = offset
     if not relative:
         return number
-    difference = emit.call(operator.sub, emit.size(k, 2), emit.size(q, 2))
+    sizes = (emit.size(k, 2), emit.size(q, 2))
+    difference = emit.call(operator.sub, *sizes[::slope])
     return emit.call(operator.add, difference, number) if number else difference
 
 
@@ -320,10 +329,10 @@ class _Shaped(NamedTuple):
     row_seen: Node | None
 
 
-def _shape_scores(emit: _Emitter, spec: AttentionSpec, plan: Plan, q: Node) -> _Shaped:
+def _shape_scores(emit: _Emitter, spec: AttentionSpec, plan: Plan, q: Node, terms: tuple[Term, ...]) -> _Shaped:
     bias = mask = None
     as_written = plan.empty is Empty.AS_WRITTEN
-    for term in spec.terms:
+    for term in terms:
         x = emit.operand(term.operand)
         if term.kind is TermKind.BIAS or (term.kind is TermKind.MASK and as_written):
             x = x if term.coefficient == 1 else emit.call(operator.mul, x, term.coefficient)
@@ -343,7 +352,7 @@ def _shape_scores(emit: _Emitter, spec: AttentionSpec, plan: Plan, q: Node) -> _
         needs_rows = plan.empty not in (Empty.IMPOSSIBLE, Empty.ZERO)
         return _Shaped(q, None, mask, emit.call("any", mask, -1, keepdim=True) if needs_rows else None)
     if plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO):
-        return _Shaped(q, _as_mask_dtype(emit, spec, bias, q), mask, None)
+        return _Shaped(q, _as_mask_dtype(emit, spec, plan, bias, q), mask, None)
     masked = emit.call("detach", bias if mask is None else emit.call(torch.where, mask, bias, -math.inf))
     top = emit.call("amax", masked, -1, keepdim=True)
     # A row far below zero (a finite mask over all its keys) loses the scores in the rounding of its log-sum-exp, on
@@ -361,13 +370,15 @@ def _shape_scores(emit: _Emitter, spec: AttentionSpec, plan: Plan, q: Node) -> _
     row_seen = emit.call(operator.gt, top, -math.inf)
     lift = emit.call("masked_fill", lift, emit.call(torch.logical_not, row_seen), 0.0)
     bias = emit.call(operator.sub, bias, lift)
-    return _Shaped(q, _as_mask_dtype(emit, spec, bias, q), mask, row_seen)
+    return _Shaped(q, _as_mask_dtype(emit, spec, plan, bias, q), mask, row_seen)
 
 
-def _as_mask_dtype(emit: _Emitter, spec: AttentionSpec, bias: Node, q: Node) -> Node:
-    """The bias in a dtype that scaled_dot_product_attention takes beside q, if it loses nothing by that."""
+def _as_mask_dtype(emit: _Emitter, spec: AttentionSpec, plan: Plan, bias: Node, q: Node) -> Node:
+    """The bias in a dtype that the target takes beside q, if it loses nothing by that."""
     wanted, dtype = fake_value(q).dtype, fake_value(bias).dtype
     on_cpu = fake_value(q).device.type == "cpu"
+    if plan.target != "sdpa":  # fa3::attention reads a bias of any dtype
+        return bias
     if dtype == wanted or (on_cpu and dtype == torch.float32):
         return bias
     known = all(t.known for t in spec.terms if t.kind is TermKind.BIAS)

@@ -1,8 +1,8 @@
 """What attention means in this package, in plain PyTorch: any device, any floating dtype, quadratic memory.
 
 Key j is visible to query i iff `i - window_left <= j <= i + window_right`, with both indices counted from the top-left
-corner (None: unbounded on that side), and `mask` is True there. A query that sees no key gets out = 0, lse = -inf and
-no gradient. NaN, and scores of +inf, make their row NaN, as they do in an eager softmax.
+corner (None: unbounded on that side), and `mask` is True there. A query that sees no key gets out = 0, lse = -inf (or
+its head's sink) and no gradient. NaN, and scores of +inf, make their row NaN, as they do in an eager softmax.
 
 Arithmetic is float32, or float64 for float64 inputs; results are rounded once.
 """
@@ -21,8 +21,10 @@ def attention_reference(
     scale: float,
     window_left: int | None = None,
     window_right: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale * q @ k^T + bias) @ v over the visible keys.
+    """softmax(cap(scale * q @ k^T) + bias) @ v over the visible keys, with cap(x) = softcap * tanh(x / softcap).
 
     Args:
         q: [B, Hq, Sq, D].
@@ -30,12 +32,18 @@ def attention_reference(
         v: [B, Hkv, Sk, Dv].
         bias: floating point, broadcastable to [B, Hq, Sq, Sk], added to the scaled scores.
         mask: bool, broadcastable to [B, Hq, Sq, Sk], True where a query may attend.
+        softcap: None for none (Gemma Team, 2024, arXiv:2408.00118, section 2).
+        sinks: [Hq], one more score in every row of a head, which has no value.
 
     Returns:
         out [B, Hq, Sq, Dv] of q's dtype, and lse [B, Hq, Sq], the natural log of the sum of exp of each row's scores,
-        of the dtype that was computed in.
+        its sink among them, of the dtype that was computed in.
     """
-    scores = _scores(q, k, bias, mask, scale, window_left, window_right)
+    scores = _scores(q, k, bias, mask, scale, window_left, window_right, softcap)
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], dim=-1)
+        v = torch.nn.functional.pad(v, (0, 0, 0, 1))
     peak = scores.amax(dim=-1, keepdim=True)
     peak = peak.masked_fill(peak == float("-inf"), 0.0)  # a row with no key: exp(-inf - 0) = 0, not NaN
     weights = torch.exp(scores - peak)
@@ -79,10 +87,12 @@ def attention_backward_reference(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias
 
 
-def _scores(q, k, bias, mask, scale, window_left, window_right) -> Tensor:
+def _scores(q, k, bias, mask, scale, window_left, window_right, softcap=None) -> Tensor:
     """Scaled scores [B, Hq, Sq, Sk] with -inf at every key that is not visible."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     scores = q.to(dtype) @ _per_query_head(k, q).to(dtype).mT * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias.to(dtype)
     row = torch.arange(q.shape[2], device=q.device).unsqueeze(-1)

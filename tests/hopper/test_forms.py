@@ -9,8 +9,8 @@ from tests.forms.harness import assert_as_good_as_eager, fuse, run
 hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = pytest.mark.skipif(not hopper, reason="needs an sm_90 GPU")
 
-# Masks that the forward kernel does not take yet; they run on scaled_dot_product_attention.
-KERNEL_MASKS = ("full", "causal")
+# What the backward has kernels for. Other masks and biases run on scaled_dot_product_attention in training.
+TRAINABLE_MASKS = ("full", "causal", "sliding window")
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +35,22 @@ def test_fused(form, dtype):
         ours, run(form.fn, args, dtype, form.grads), run(form.fn, args, torch.float64, form.grads), dtype
     )
     (site,) = report.sites
-    kernel = form.mask.startswith(KERNEL_MASKS) and "&" not in form.mask and dtype != torch.float32
+    kernel = form.mask.startswith(TRAINABLE_MASKS) and "&" not in form.mask and dtype != torch.float32
     assert (site.status, site.mask, site.target) == ("fused", form.mask, "hopper" if kernel else "sdpa"), site.verdict
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("form", [f for f in forms.FORMS if f.reason is None], ids=lambda f: f.name)
+def test_fused_for_inference(form, dtype):
+    """Without gradients every mask and bias runs on the kernel, whatever its shape and dtype."""
+    compiled, report = fuse(form.fn)
+    args = on_gpu(form.args())
+    ours, eager, exact = (
+        run(f, args, d, False) for f, d in ((compiled, dtype), (form.fn, dtype), (form.fn, torch.float64))
+    )
+    assert_as_good_as_eager(ours, eager, exact, dtype)
+    (site,) = report.sites
+    assert (site.status, site.mask, site.target) == ("fused", form.mask, "hopper"), site.verdict
 
 
 @pytest.mark.parametrize("form", [f for f in forms.FORMS if f.reason is not None], ids=lambda f: f.name)

@@ -1,87 +1,120 @@
 """The host side of the forward kernel, and its work distribution run as plain Python. No GPU needed."""
 
+import itertools
 import types
-from collections import Counter
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from fa3_inductor.kernels import forward  # noqa: E402
+from fa3_inductor.kernels import forward, forward_kernel, offline, schedule  # noqa: E402
 
 
-def on_cta(function, cta, ctas):
-    """A Gluon function of scalars as a Python function that believes it runs on CTA `cta` of `ctas`."""
-    gl = types.SimpleNamespace(program_id=lambda axis: cta, num_programs=lambda axis: ctas, minimum=min)
+def as_python(function):
+    """A Gluon function of scalars as a Python function."""
+    gl = types.SimpleNamespace(minimum=min, maximum=max)
     return types.FunctionType(function.fn.__code__, {"gl": gl})
 
 
-def scheduled(grid, args):
-    """For each CTA the (row tile, head) pairs that it works on, in order."""
-    tiles, m_tiles, heads, _, _, section, paired = args[5:12]
-    (ctas, *_), causal = grid, args[16]
-    return [
-        [
-            on_cta(forward._locate, cta, ctas)(step, m_tiles, heads, section, paired, causal)
-            for step in range(on_cta(forward._steps, cta, ctas)(tiles, paired))
-        ]
-        for cta in range(ctas)
+@pytest.mark.parametrize("left", [None, -5, 0, 3, 100, 1000], ids=str)
+@pytest.mark.parametrize("right", [None, -70, -1, 0, 5, 300], ids=str)
+@pytest.mark.parametrize("seqlens", [(1, 1), (300, 300), (300, 77), (64, 1000), (513, 512)], ids=str)
+def test_host_and_kernel_count_the_same_tiles(seqlens, left, right):
+    seqlen_q, seqlen_k = seqlens
+    tile_m, block_n = 128, 64
+    kv_range = as_python(forward_kernel._kv_range)
+    window = (seqlen_q, seqlen_k, left or 0, right or 0)
+    ranges = [
+        kv_range(row, window, tile_m, block_n, left is not None, right is not None)
+        for row in range(0, seqlen_q, tile_m)
     ]
+    lengths = forward.kv_tiles(seqlen_q, seqlen_k, left, right, tile_m, block_n)
+    assert [stop - first for first, stop in ranges] == lengths
+    for row, (first, stop) in zip(range(0, seqlen_q, tile_m), ranges):
+        seen = [
+            j
+            for i, j in itertools.product(range(row, min(row + tile_m, seqlen_q)), range(seqlen_k))
+            if (left is None or j >= i - left) and (right is None or j <= i + right)
+        ]
+        assert 0 <= first < stop <= -(-seqlen_k // block_n)
+        assert not seen or (first == min(seen) // block_n and stop == max(seen) // block_n + 1)
 
 
-def problem(batch, q_heads, kv_heads, seqlen, head_dim, right, persistent=True, sm_count=132):
-    q, k = (torch.empty(batch, h, seqlen, head_dim, device="meta", dtype=torch.bfloat16) for h in (q_heads, kv_heads))
-    tile = forward.tile_for(head_dim, right is not None, seqlen)
-    tile = forward.Tile(**{**vars(tile), "persistent": persistent})
-    return forward.launch_arguments(q, k, k, q, q, 1.0, right, tile, sm_count)
+def shares_of(order, ctas):
+    return [[order[ctas * (step + 1) + cta] for step in range(order[cta])] for cta in range(ctas)]
 
 
-PROBLEMS = [
-    (16, 16, 16, 1024, 128),
-    (1, 16, 4, 16384, 128),
-    (32, 32, 32, 512, 64),
-    (8, 32, 32, 2048, 64),
-    (1, 1, 1, 1, 64),
-    (1, 25, 25, 3000, 64),
-    (3, 5, 1, 1500, 128),
-    (2, 14, 2, 4097, 64),
-    (1, 10, 10, 4096, 128),
-]
+# Row tiles of 128 or 192, heads over all batches, heads to a section: 16384 tokens of width 2048, causal.
+@pytest.mark.parametrize("head_dim, consumers", [(64, 3), (64, 2), (128, 2), (256, 2)])
+@pytest.mark.parametrize("seqlen", [512, 1024, 4096, 16384])
+def test_shares_are_equal_and_whole(head_dim, consumers, seqlen):
+    heads, block_n = 16384 // seqlen * 2048 // head_dim, 64 if head_dim == 256 else 128
+    lengths = forward.kv_tiles(seqlen, seqlen, None, 0, 64 * consumers, block_n)
+    section = -(-heads // 4)
+    shares = shares_of(schedule.longest_first(lengths, heads, section, 132), 132)
+    assert sorted(n for share in shares for n in share) == list(range(heads * len(lengths)))
+    loads = [sum(lengths[n % len(lengths)] + schedule.OVERHEAD for n in share) for share in shares]
+    assert sum(loads) / 132 > 0.96 * max(loads)
 
 
-@pytest.mark.parametrize("shape", PROBLEMS, ids=str)
-@pytest.mark.parametrize("right", [None, 0])
-@pytest.mark.parametrize("persistent", [False, True])
-@pytest.mark.parametrize("sm_count", [132, 114, 7])
-def test_every_tile_once(shape, right, persistent, sm_count):
-    grid, args = problem(*shape, right, persistent, sm_count)
-    m_tiles, heads = args[6:8]
-    assert m_tiles * args[17] * forward.ROWS >= shape[3] > (m_tiles - 1) * args[17] * forward.ROWS
-    times = Counter(tile for cta in scheduled(grid, args) for tile in cta)
-    assert times == Counter((m, h) for m in range(m_tiles) for h in range(heads))
+def test_the_longest_go_first_and_sections_stay_together():
+    shares = shares_of(schedule.longest_first([1, 2, 3, 4], 8, 4, 4), 4)
+    assert [n % 4 for share in shares for n in share[:1]] == [3, 3, 3, 3]
+    for share in shares:
+        sections = [n // 4 // 4 for n in share]
+        assert sections == sorted(sections) and set(sections) == {0, 1}
 
 
-@pytest.mark.parametrize("shape", PROBLEMS[:4], ids=str)
-def test_causal_shares_are_equal(shape):
-    grid, args = problem(*shape, 0)
-    assert grid[0] == 132
-    work = [sum(m_tile + 1 for m_tile, _ in cta) for cta in scheduled(grid, args)]
-    assert max(work) - min(work) <= max(m + 1 for m in range(args[6])) + 1  # one pair
+def test_very_many_tiles_are_dealt_out_in_bundles():
+    lengths = list(range(1, 33))
+    shares = shares_of(schedule.longest_first(lengths, 4096, 256, 8), 8)
+    assert sorted(n for share in shares for n in share) == list(range(4096 * 32))
+    loads = [sum(lengths[n % 32] for n in share) for share in shares]
+    assert max(loads) < 1.01 * min(loads)
 
 
-def test_one_tile_per_cta_starts_with_the_longest():
-    grid, args = problem(1, 10, 10, 4096, 128, 0)
-    order = [cta for (cta,) in scheduled(grid, args)]
-    assert [m_tile for m_tile, _ in order] == sorted((m_tile for m_tile, _ in order), reverse=True)
+def arguments(batch, q_heads, seqlen, head_dim, left=None, right=None, **options):
+    q = torch.empty(batch, q_heads, seqlen, head_dim, device="meta", dtype=torch.bfloat16)
+    lse = torch.empty(batch, q_heads, seqlen, device="meta")
+    return forward.launch_arguments(q, q, q, q, lse, 1.0, left, right, sm_count=132, **options)
 
 
-def test_sections_of_heads_fit_the_cache_and_are_alike():
-    """64 heads of 8 MB of keys and values: sections of 4 heads, all the same."""
-    _, args = problem(1, 64, 64, 16384, 128, 0, persistent=False)
-    assert args[10] == 4
-    _, args = problem(1, 64, 8, 16384, 128, 0, persistent=False)  # eight query heads share each
-    assert args[10] == 32
+def test_a_list_only_where_tiles_differ():
+    for options, listed in (
+        (dict(), False),
+        (dict(right=0), True),
+        (dict(left=300, right=0), True),
+        (dict(right=3995), False),  # every row tile sees the last KV tile
+        (dict(right=10_000), False),  # sees everything
+    ):
+        _, args = arguments(4, 16, 4000, 128, **options)
+        assert (args[forward._ORDER] is not None) == listed, options
+    _, args = arguments(1, 2, 4000, 128, right=0)  # a CTA for each tile
+    assert args[forward._ORDER] is None
+
+
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+def test_parts(head_dim):
+    parts = forward.parts(head_dim)
+    assert len(parts) <= 2 and all(part >= 16 and part & (part - 1) == 0 for part in parts)
+    assert sorted(parts, reverse=True) == list(parts) and len(set(parts)) == len(parts)
+    assert head_dim <= sum(parts) < max(1.29 * head_dim, head_dim + 16)
+
+
+@pytest.mark.parametrize("with_terms", [False, True])
+@pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize("seqlen", [512, 4096])
+def test_every_head_dim_fits_into_shared_memory(windowed, seqlen, with_terms):
+    for head_dim, head_dim_v in itertools.product(range(8, 257, 8), repeat=2):
+        tile = forward.tile_for(head_dim, head_dim_v, windowed, seqlen, with_terms)
+        width, width_v = sum(forward.parts(head_dim)), sum(forward.parts(head_dim_v))
+        shared = tile.shared_o and forward.parts(head_dim)[: len(forward.parts(head_dim_v))] == forward.parts(
+            head_dim_v
+        )
+        rows = 64 * tile.consumers
+        size = 2 * (rows * (width + (0 if shared else width_v)) + forward.STAGES * tile.block_n * (width + width_v))
+        assert size + 1024 <= offline.SHARED_LIMIT, (head_dim, head_dim_v)
 
 
 SHAPE = (2, 8, 100, 64)
@@ -92,10 +125,10 @@ SHAPE = (2, 8, 100, 64)
     [
         (dict(dtype=torch.float32), "bfloat16 and float16, not in torch.float32"),
         (dict(q_shape=SHAPE[1:]), "[batch, heads, seqlen, head_dim]"),
-        (dict(q_shape=(2, 8, 100, 96)), "head_dim 64 and 128, not 96"),
-        (dict(v_shape=(2, 8, 100, 128)), "one head_dim for q, k and v"),
+        (dict(q_shape=(2, 8, 100, 20)), "head_dim 8, 16, ... 256, not 20"),
+        (dict(v_shape=(2, 8, 100, 264)), "head_dim 8, 16, ... 256, not 264"),
+        (dict(k_shape=(2, 8, 100, 128)), "one head_dim for q and k"),
         (dict(q_shape=(2, 9, 100, 64)), "do not divide 9 query heads"),
-        (dict(window_left=5), "no left edge"),
         (dict(scale=-1.0), "positive scale"),
         (dict(scale=0.0), "positive scale"),
     ],
@@ -117,7 +150,7 @@ def test_supports_asks_nothing_of_lengths():
         q, k = (mode.from_tensor(x, symbolic_context=dynamic) for x in real)
         assert isinstance(q.shape[2], torch.SymInt)
         guards = len(env.guards)
-        assert forward.supports(q.shape, k.shape, k.shape, torch.bfloat16, None, k.shape[2] - q.shape[2]) is None
+        assert forward.supports(q.shape, k.shape, k.shape, torch.bfloat16) is None
     assert len(env.guards) == guards
 
 
@@ -126,7 +159,7 @@ def empty(*shape):
 
 
 LAYOUTS = {  # what it is, and whether TMA can address it as it lies
-    "contiguous": (lambda: empty(2, 8, 100, 64), True),
+    "contiguous": (lambda: empty(2, 8, 100, 96), True),
     "transposed": (lambda: empty(2, 100, 8, 64).transpose(1, 2), True),
     "packed": (lambda: empty(2, 100, 3, 8, 64)[:, :, 1].transpose(1, 2), True),
     "odd strides of single things": (lambda: empty(64).as_strided((1, 1, 1, 64), (3, 5, 7, 1)), True),
@@ -144,4 +177,4 @@ def test_copies_only_what_tma_cannot_address(name):
     got = forward.addressable(x)
     assert (got is x) == addressable
     assert got.shape == x.shape and got.stride(3) == 1 and got.data_ptr() % 16 == 0
-    forward._descriptor(got, 64)  # asserts what TMA asks for
+    forward._descriptors(got, 64)  # asserts what TMA asks for

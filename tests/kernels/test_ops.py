@@ -182,25 +182,34 @@ def test_bad_arguments_are_refused(name):
         attention(xs["q"], xs["k"], xs["v"], o["bias"], o["mask"], 1.0, None, None, o["target"])
 
 
-@pytest.mark.parametrize("seqlens", [(7, 7), (5, 9), (9, 5), (1, 6), (6, 1)])
-@pytest.mark.parametrize("shift", [None, *range(-10, 11)])
-def test_causal_parts_cover_any_shift(seqlens, shift, monkeypatch):
-    """The blocks handed to PyTorch's kernels, done here by the reference, must add up to the whole gradient."""
+@pytest.mark.parametrize("seqlens", [(7, 7), (5, 9), (9, 5), (6, 1)])
+@pytest.mark.parametrize("left", [None, -2, 0, 1, 4, 10])
+@pytest.mark.parametrize("right", [None, -10, -6, -3, -1, 0, 1, 2, 4, 10])
+def test_gradients_of_any_window_by_the_kernels_of_pytorch(seqlens, left, right, monkeypatch):
+    """What PyTorch's kernels are asked for, done here by the reference, must make up the whole gradient."""
     sq, sk = seqlens
     q, k, v = qkv(sq=sq, sk=sk, dtype=torch.float64, grad=False)
 
-    def whole(dout, q, out, lse, k, v, scale, shift):
-        return attention_backward_reference(dout, q, k, v, None, None, out, lse, scale=scale, window_right=shift)[:3]
+    def whole(dout, q, out, k, v, lse, scale, left, right):
+        window = dict(window_left=left, window_right=right)
+        return attention_backward_reference(dout, q, k, v, None, None, out, lse, scale=scale, **window)[:3]
 
-    def blockwise(dout, q, out, lse, k, v, scale, causal):
-        shift = k.shape[2] - q.shape[2] if causal else None
-        assert shift is None or shift >= 0
-        return whole(dout, q, out, lse, k, v, scale, shift)
+    def cudnn(dout, q, k, v, out, lse, scale, causal):
+        return whole(dout, q, out, k, v, lse, scale, None, 0 if causal else None)
 
-    monkeypatch.setattr(ops, "_aten_backward", blockwise)
-    out, lse = attention_reference(q, k, v, scale=0.4, window_right=shift)
+    def flash(dout, q, out, k, v, lse, scale, left, right):
+        shift = k.shape[2] - q.shape[2]
+        assert (left is None or left >= 0) and (right is None or right >= 0)
+        return whole(
+            dout, q, out, k, v, lse, scale, None if left is None else left - shift,
+            None if right is None else right + shift,
+        )  # fmt: skip
+
+    monkeypatch.setattr(ops, "_cudnn_backward", cudnn)
+    monkeypatch.setattr(ops, "_flash_backward", flash)
+    out, lse = attention_reference(q, k, v, scale=0.4, window_left=left, window_right=right)
     dout = torch.randn_like(out)
-    want = whole(dout, q, out, lse, k, v, 0.4, shift)
-    for g, w in zip(ops._fused_backward(dout, q, k, v, out, lse, 0.4, shift), want):
+    want = whole(dout, q, out, k, v, lse, 0.4, left, right)
+    monkeypatch.setattr(ops, "_grads", lambda *xs: tuple(torch.full_like(x, math.nan) for x in xs))
+    for g, w in zip(ops._fused_backward(dout, q, k, v, out, lse, 0.4, left, right), want):
         torch.testing.assert_close(g, w)
-        assert math.isfinite(g.sum().item())

@@ -1,0 +1,146 @@
+"""What shapes the scores in the forward kernel beyond a scale and a window, as generated Gluon functions.
+
+A `ScoreProgram` says what there is (a soft cap, tensors that are added or that hide keys, and the axes that each really
+has); `functions` writes the device code for it, so that a kernel pays for what it uses and nothing else.
+"""
+
+import functools
+import linecache
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+ALIGNED = 8
+
+
+@dataclass(frozen=True)
+class ScoreTerm:
+    """A tensor applied to the scores: "bias" is added, "mask" hides the keys where it is 0.
+
+    `axes` says along which of (batch, head, query, key) it varies. If `aligned`, keys are neighbours in memory and
+    the address and all other strides are multiples of ALIGNED elements, by which they are then counted.
+    """
+
+    kind: str
+    axes: tuple[bool, bool, bool, bool]
+    aligned: bool
+
+
+@dataclass(frozen=True)
+class ScoreProgram:
+    """softcap * tanh(scores / softcap) if there is a softcap, then the terms in order."""
+
+    softcap: float | None = None
+    terms: tuple[ScoreTerm, ...] = ()
+
+
+def program_of(
+    bias: Tensor | None, mask: Tensor | None, softcap: float | None, shape: tuple[int, int, int, int]
+) -> tuple[ScoreProgram, tuple]:
+    """The program for scores of `shape` [B, Hq, Sq, Sk], and the kernel's operands for it, nested as it reads them.
+
+    Args:
+        bias, mask: broadcastable to `shape`.
+
+    Raises:
+        ValueError: one of them is not.
+    """
+    terms, operands = [], []
+    for kind, tensor in (("bias", bias), ("mask", mask)):
+        if tensor is None:
+            continue
+        try:
+            whole = tensor.expand(shape)
+        except RuntimeError:
+            raise ValueError(f"a {kind} of {list(tensor.shape)} does not broadcast to {list(shape)}") from None
+        if tensor.dtype == torch.bool:
+            whole = whole.view(torch.uint8)
+        strides = [0 if size == 1 else stride for size, stride in zip(shape, whole.stride())]
+        alignment = ALIGNED * whole.element_size()
+        aligned = strides[3] == 1 and not whole.data_ptr() % alignment and not any(s % ALIGNED for s in strides[:3])
+        if aligned:
+            strides[:3] = (stride // ALIGNED for stride in strides[:3])
+        terms.append(ScoreTerm(kind, tuple(stride != 0 for stride in strides), aligned))
+        operands.append((whole, *(stride for stride in strides[: 3 if aligned else 4] if stride)))
+    return ScoreProgram(softcap, tuple(terms)), tuple(operands)
+
+
+@functools.cache
+def functions(program: ScoreProgram) -> tuple:
+    """`load`, `apply` and `scaled` for a program, as `forward_kernel` uses them; (None, None, False) for an empty one.
+
+    load(operands, batch, head, rows, columns, seqlen_q, seqlen_k, BOUNDED) reads what the terms need of one tile: rows
+    and columns are indices in the layouts of the scores' axes, and BOUNDED says whether columns may lie past the end.
+    apply(s, scale, loaded) makes scores of products of q and k. If scaled, they come out multiplied by scale, which is
+    in units of log2(e); else that is left to the softmax, which does it for nothing.
+    """
+    if program == ScoreProgram():
+        return None, None, False
+    source = _load_source(program) + "\n\n" + _apply_source(program)
+    filename = f"<fa3_inductor {program}>"
+    # Triton reads a function's source where inspect finds it.
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    namespace = {"gl": gl, "__name__": __name__}
+    exec(compile(source, filename, "exec"), namespace)
+    return gluon.jit(namespace["load"]), gluon.jit(namespace["apply"]), _is_scaled(program)
+
+
+def _is_scaled(program: ScoreProgram) -> bool:
+    return program.softcap is not None or any(term.kind == "bias" for term in program.terms)
+
+
+def _load_source(program: ScoreProgram) -> str:
+    lines = ["def load(operands, batch, head, rows, columns, seqlen_q, seqlen_k, BOUNDED: gl.constexpr):"]
+    lines += ["    rows = gl.minimum(rows, seqlen_q - 1).to(gl.int64)"]
+    for n, term in enumerate(program.terms):
+        index = [f"operands[{n}][{sum(term.axes[:i]) + 1}]" for i in range(4)]
+        if term.aligned:  # what Triton knows of a kernel's arguments it does not know of a partition's
+            index = [f"({i} * {ALIGNED})" for i in index[:3]] + ["1"]
+            lines.append(f"    at = gl.multiple_of(operands[{n}][0], {ALIGNED})")
+        else:
+            lines.append(f"    at = operands[{n}][0]")
+        for axis, name in enumerate(("batch.to(gl.int64)", "head.to(gl.int64)")):
+            if term.axes[axis]:
+                lines.append(f"    at = at + {name} * {index[axis]}")
+        if term.axes[2]:
+            suffix = "[:, None]" if term.axes[3] else ""
+            lines.append(f"    at = at + (rows * {index[2]}){suffix}")
+        if not term.axes[3]:
+            lines.append(f"    t{n} = gl.load(at)")
+            continue
+        suffix = "[None, :]" if term.axes[2] else ""
+        lines.append(f"    at = at + (columns * {index[3]}){suffix}")
+        lines.append("    if BOUNDED:")
+        lines.append(f"        t{n} = gl.load(at, mask=(columns < seqlen_k){suffix}, other=0)")
+        lines.append("    else:")
+        lines.append(f"        t{n} = gl.load(at)")
+    lines.append("    return (" + "".join(f"t{n}, " for n in range(len(program.terms))) + ")")
+    return "\n".join(lines)
+
+
+def _apply_source(program: ScoreProgram) -> str:
+    log2e = math.log2(math.e)
+    lines = ["def apply(s, scale, loaded):"]
+    if program.softcap is None and _is_scaled(program):
+        lines.append("    s = s * scale")
+    if program.softcap is not None:
+        # tanh(x) = 1 - 2 / (1 + exp(2x)): the hardware's own tanh is off by 5e-4, which a cap of 50 turns into 0.03.
+        cap = program.softcap * log2e
+        lines.append(f"    e = gl.exp2(s * (scale * {2 / program.softcap!r})) + 1.0")
+        lines.append(
+            '    r = gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [e], gl.float32, True, 1)'
+        )
+        lines.append(f"    s = r * {-2 * cap!r} + {cap!r}")
+    for n, term in enumerate(program.terms):
+        query, key = term.axes[2:]
+        suffix = "" if query and key or not query and not key else "[:, None]" if query else "[None, :]"
+        if term.kind == "bias":
+            lines.append(f"    s = s + loaded[{n}].to(gl.float32){suffix} * {log2e!r}")
+        else:
+            lines.append(f'    s = gl.where((loaded[{n}] != 0){suffix}, s, float("-inf"))')
+    lines.append("    return s")
+    return "\n".join(lines)
