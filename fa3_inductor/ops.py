@@ -6,6 +6,8 @@ tensors, "reference" the plain PyTorch specification; CPU tensors always take th
 `fa3_inductor.kernels.reference` says what the other arguments mean.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -141,40 +143,35 @@ def _fused_backward(dout, q, k, v, out, lse, scale, window_left, window_right) -
         grads = _cudnn_backward(dout, q, k, v, out, lse, scale, window_right is not None)
         pairs = zip(grads, _grads(q, k, v))
         return tuple(grad if grad.stride() == empty.stride() else empty.copy_(grad) for grad, empty in pairs)
-    grads = _grads(q, k, v)
-    rows, keys, left, right = visible_part(seqlen_q, seqlen_k, window_left, window_right)
-    if rows.start > 0 or rows.stop < seqlen_q:
-        grads[0].zero_()
-    if keys.start > 0 or keys.stop < seqlen_k:
-        grads[1].zero_()
-        grads[2].zero_()
-    if rows.start < rows.stop:
+    dq, dk, dv = (grad.zero_() for grad in _grads(q, k, v))
+    for rows, keys, left, right in _visible_blocks(seqlen_q, seqlen_k, window_left, window_right):
         per_query = (x[:, :, rows] for x in (dout, q, out))
-        dq, dk, dv = _flash_backward(
-            *per_query, k[:, :, keys], v[:, :, keys], lse[:, :, rows], scale, left, right
-        )  # fmt: skip
-        grads[0][:, :, rows].copy_(dq)
-        grads[1][:, :, keys].copy_(dk)
-        grads[2][:, :, keys].copy_(dv)
-    return grads
+        gq, gk, gv = _flash_backward(*per_query, k[:, :, keys], v[:, :, keys], lse[:, :, rows], scale, left, right)
+        dq[:, :, rows] = gq
+        dk[:, :, keys] += gk
+        dv[:, :, keys] += gv
+    return dq, dk, dv
 
 
-def visible_part(
+def _visible_blocks(
     seqlen_q: int, seqlen_k: int, window_left: int | None, window_right: int | None
-) -> tuple[slice, slice, int | None, int | None]:
-    """The rows that see any key, the keys that any row sees, and the window between these, from the bottom right.
+) -> Iterator[tuple[slice, slice, int | None, int | None]]:
+    """The rows that see any key, in at most two blocks, each with the keys that it sees and its own window.
 
-    Cut down like that, a window is one that FlashAttention-2 can be told: neither side of it is negative.
+    These windows are FlashAttention-2's: counted from the bottom right corner, neither side negative, and the right
+    side 0 or unbounded (it takes one of seqlen_k or more for unbounded, which is wrong for more queries than keys).
     """
     left = seqlen_q if window_left is None else window_left
     right = seqlen_k if window_right is None else window_right
     start, stop = max(0, -right), min(seqlen_q, seqlen_k + left)
-    if start >= stop or left + right < 0:
-        return slice(0, 0), slice(0, 0), None, None
-    first, last = max(0, start - left), min(seqlen_k, stop + right)
-    left_from_bottom = None if window_left is None else window_left + last - stop
-    right_from_bottom = None if window_right is None else window_right - (last - stop)
-    return slice(start, stop), slice(first, last), left_from_bottom, right_from_bottom
+    if left + right < 0 or start >= stop:
+        return
+    edge = min(max(seqlen_k - right, start), stop)  # from here on rows see the last key
+    for first, last in ((start, edge), (edge, stop)):
+        if first < last:
+            keys = slice(max(0, first - left), min(seqlen_k, last + right))
+            from_corner = None if window_left is None else window_left + keys.stop - last
+            yield slice(first, last), keys, from_corner, 0 if last <= edge else None
 
 
 def _cudnn_backward(dout, q, k, v, out, lse, scale, causal) -> tuple[Tensor, Tensor, Tensor]:

@@ -59,10 +59,8 @@ def _check(spec: AttentionSpec, tensors: dict[str, torch.Tensor]) -> None:
 
 def _not_on_hopper(spec: AttentionSpec, tensors: dict[str, torch.Tensor], trains: bool) -> str | None:
     q = tensors["q"]
-    if q.device.type != "cuda":
-        return f"{q.device.type} tensors"
-    if torch.cuda.get_device_capability(q.device) != (9, 0):
-        return "the GPU is not sm_90"
+    if (why := _not_hopper(q.device)) is not None:
+        return why
     if trains and any(t.window is None for t in spec.terms):
         kinds = {"a bias" if t.kind is TermKind.BIAS else "a mask" for t in spec.terms if t.window is None}
         return " and ".join(sorted(kinds)) + " as an operand, in training"
@@ -74,6 +72,14 @@ def _not_on_hopper(spec: AttentionSpec, tensors: dict[str, torch.Tensor], trains
     from .kernels.forward import supports
 
     return supports(*shapes(spec), q.dtype)
+
+
+def _not_hopper(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"{device.type} tensors"
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return "the GPU is not sm_90"
+    return None
 
 
 def shapes(spec: AttentionSpec) -> tuple[tuple[int | str, ...], ...]:

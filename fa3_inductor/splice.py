@@ -350,7 +350,8 @@ def _shape_scores(emit: _Emitter, spec: AttentionSpec, plan: Plan, q: Node, term
             mask = x if mask is None else emit.call(torch.logical_and, mask, x)
     if bias is None:
         needs_rows = plan.empty not in (Empty.IMPOSSIBLE, Empty.ZERO)
-        return _Shaped(q, None, mask, emit.call("any", mask, -1, keepdim=True) if needs_rows else None)
+        seen = emit.call("any", mask, -1, keepdim=True) if mask is not None and needs_rows else None
+        return _Shaped(q, None, mask, seen)
     if plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO):
         return _Shaped(q, _as_mask_dtype(emit, spec, plan, bias, q), mask, None)
     masked = emit.call("detach", bias if mask is None else emit.call(torch.where, mask, bias, -math.inf))

@@ -200,6 +200,8 @@ def test_gradients_of_any_window_by_the_kernels_of_pytorch(seqlens, left, right,
     def flash(dout, q, out, k, v, lse, scale, left, right):
         shift = k.shape[2] - q.shape[2]
         assert (left is None or left >= 0) and (right is None or right >= 0)
+        # As FlashAttention-2 does, rightly or wrongly.
+        left, right = (None if edge is not None and edge >= k.shape[2] else edge for edge in (left, right))
         return whole(
             dout, q, out, k, v, lse, scale, None if left is None else left - shift,
             None if right is None else right + shift,
