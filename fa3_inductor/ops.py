@@ -15,65 +15,73 @@ from fa3_inductor.kernels import output_like
 from fa3_inductor.kernels.reference import attention_backward_reference, attention_reference
 
 _MASKING = "float scale, SymInt? window_left, SymInt? window_right, str target"
+_SOFTCAP = "float? softcap=None"
 # Fixed order, not exact strides: the kernels read any strides, and only the order decides how outputs lie
 # (`output_like`). So views into a packed projection come through without a copy.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 torch.library.define(
     "fa3::attention",
-    f"(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, {_MASKING}) -> (Tensor, Tensor)",
+    f"(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, {_MASKING}, {_SOFTCAP}) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 torch.library.define(
     "fa3::attention_backward",
     f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor out, Tensor lse, {_MASKING}, "
-    "bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"bool bias_grad, {_SOFTCAP}) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 
 
 @torch.library.impl("fa3::attention", "default")
-def _attention(q, k, v, bias, mask, scale, window_left, window_right, target):
+def _attention(q, k, v, bias, mask, scale, window_left, window_right, target, softcap=None):
     if target == "hopper" and q.is_cuda:
         from fa3_inductor.kernels.forward import attention_forward
 
-        return attention_forward(q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right)
+        return attention_forward(
+            q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap
+        )
     _check(q, k, v, bias, mask, target)
-    out, lse = attention_reference(q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right)
+    out, lse = attention_reference(
+        q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap
+    )
     return output_like(q, v.shape[-1]).copy_(out), lse
 
 
 @torch.library.register_fake("fa3::attention")
-def _attention_fake(q, k, v, bias, mask, scale, window_left, window_right, target):
+def _attention_fake(q, k, v, bias, mask, scale, window_left, window_right, target, softcap=None):
     _check(q, k, v, bias, mask, target)
     return output_like(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
 
 
 @torch.library.impl("fa3::attention_backward", "default")
-def _backward(dout, q, k, v, bias, mask, out, lse, scale, window_left, window_right, target, bias_grad):
+def _backward(dout, q, k, v, bias, mask, out, lse, scale, window_left, window_right, target, bias_grad, softcap=None):
     _check(q, k, v, bias, mask, target)
     dbias = _dbias(q, bias, bias_grad)
     if target == "hopper" and q.is_cuda:
-        if bias is not None or mask is not None:
-            raise ValueError("fa3::attention_backward: the Hopper path takes no bias or mask")
+        if bias is not None or mask is not None or softcap is not None:
+            raise ValueError("fa3::attention_backward: the Hopper path takes no bias, mask or softcap")
         return *_fused_backward(dout, q, k, v, out, lse, scale, window_left, window_right), dbias
     grads = *_grads(q, k, v), dbias
     reference = attention_backward_reference(
-        dout, q, k, v, bias, mask, out, lse, scale=scale, window_left=window_left, window_right=window_right
-    )
+        dout, q, k, v, bias, mask, out, lse, scale=scale, window_left=window_left, window_right=window_right,
+        softcap=softcap,
+    )  # fmt: skip
     for grad, value in zip(grads if bias_grad else grads[:3], reference):
         grad.copy_(value)
     return grads
 
 
 @torch.library.register_fake("fa3::attention_backward")
-def _backward_fake(dout, q, k, v, bias, mask, out, lse, scale, window_left, window_right, target, bias_grad):
+def _backward_fake(
+    dout, q, k, v, bias, mask, out, lse, scale, window_left, window_right, target, bias_grad, softcap=None
+):
     _check(q, k, v, bias, mask, target)
     return *_grads(q, k, v), _dbias(q, bias, bias_grad)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, bias, mask, ctx.scale, ctx.window_left, ctx.window_right, ctx.target = inputs
+    q, k, v, bias, mask, ctx.scale, ctx.window_left, ctx.window_right, ctx.target, ctx.softcap = inputs
     out, lse = output
     ctx.bias_grad = bias is not None and ctx.needs_input_grad[3]
     ctx.save_for_backward(q, k, v, bias, mask, out, lse)
@@ -83,9 +91,10 @@ def _setup_context(ctx, inputs, output):
 def _attention_vjp(ctx, dout, _dlse):
     q, k, v, bias, mask, out, lse = ctx.saved_tensors
     dq, dk, dv, dbias = torch.ops.fa3.attention_backward(
-        dout, q, k, v, bias, mask, out, lse, ctx.scale, ctx.window_left, ctx.window_right, ctx.target, ctx.bias_grad
-    )
-    return dq, dk, dv, dbias if ctx.bias_grad else None, None, None, None, None, None
+        dout, q, k, v, bias, mask, out, lse, ctx.scale, ctx.window_left, ctx.window_right, ctx.target, ctx.bias_grad,
+        ctx.softcap,
+    )  # fmt: skip
+    return dq, dk, dv, dbias if ctx.bias_grad else None, None, None, None, None, None, None
 
 
 def _no_double_backward(ctx, *grads):

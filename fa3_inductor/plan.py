@@ -33,12 +33,17 @@ def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: 
     if relaxed_empty_rows and empty is not Empty.IMPOSSIBLE:
         empty = Empty.ZERO
     if requested == "reference":
-        if spec.dropout_p:
-            return Plan("sdpa", "F.scaled_dot_product_attention", empty, "the reference has no dropout")
-        return Plan("reference", "fa3::attention (PyTorch)", empty)
-    why = "asked for by config.target" if requested == "sdpa" else _not_on_hopper(spec, tensors, trains)
-    if why is None:
-        return Plan("hopper", _kernel_name(spec, tensors["q"].dtype), empty)
+        if not spec.dropout_p:
+            return Plan("reference", "fa3::attention (PyTorch)", empty)
+        why = "the reference has no dropout"
+    elif requested == "sdpa":
+        why = "asked for by config.target"
+    else:
+        why = _not_on_hopper(spec, tensors, trains)
+        if why is None:
+            return Plan("hopper", _kernel_name(spec, tensors["q"].dtype), empty)
+    if spec.softcap is not None:
+        raise Rejected(Reason.SCORE_OP, f"a soft cap, which scaled_dot_product_attention has not; no kernel: {why}")
     return Plan("sdpa", "F.scaled_dot_product_attention", empty, why)
 
 
@@ -64,6 +69,8 @@ def _not_on_hopper(spec: AttentionSpec, tensors: dict[str, torch.Tensor], trains
     if trains and any(t.window is None for t in spec.terms):
         kinds = {"a bias" if t.kind is TermKind.BIAS else "a mask" for t in spec.terms if t.window is None}
         return " and ".join(sorted(kinds)) + " as an operand, in training"
+    if trains and spec.softcap is not None:
+        return "a soft cap in training"
     if spec.dropout_p:
         return "dropout"
     for name, edge, slope in (("left", spec.mask.window_left, -1), ("right", spec.mask.window_right, 1)):
@@ -71,7 +78,8 @@ def _not_on_hopper(spec: AttentionSpec, tensors: dict[str, torch.Tensor], trains
             return f"a window whose {name} edge is known only as {edge}"
     from .kernels.forward import supports
 
-    return supports(*shapes(spec), q.dtype)
+    scale = abs(float(spec.scale)) if spec.scale.is_number else 1.0
+    return supports(*shapes(spec), q.dtype, scale=scale)
 
 
 def _not_hopper(device: torch.device) -> str | None:
@@ -110,6 +118,7 @@ def _kernel_name(spec: AttentionSpec, dtype: torch.dtype) -> str:
     if spec.head_dim_v != spec.head_dim:
         words[-1] += f"/{spec.head_dim_v}"
     words.append("window" if mask.window_left is not None else "full" if mask.window_right is None else "causal")
+    words += ["softcap"] * (spec.softcap is not None)
     words += sorted({"bias" if t.kind is TermKind.BIAS else "mask" for t in spec.terms if t.window is None})
     return f"attention_forward[{', '.join(words)}]"
 

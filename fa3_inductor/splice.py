@@ -246,6 +246,8 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
     q, k, v = (emit.operand(x) for x in (spec.q, spec.k, spec.v))
     q, k, v = _expand_batch(emit, spec, (q, k, v))
     scale = _scale(emit, spec, q)
+    if spec.scale.is_negative:  # fused kernels take the largest product for the largest score
+        q, scale = emit.call(operator.neg, q), -scale
     by_window = all(t.window is not None for t in spec.terms)
     if plan.target == "sdpa":
         by_window = by_window and _is_plain(spec.mask)
@@ -277,7 +279,9 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
         if as_tensors is not spec.terms or by_window:
             left = _window_edge(emit, spec, spec.mask.window_left, -1, q, k)
             right = _window_edge(emit, spec, spec.mask.window_right, 1, q, k)
-        pair = emit.call(torch.ops.fa3.attention.default, q, k, v, bias, mask, scale, left, right, plan.target)
+        pair = emit.call(
+            torch.ops.fa3.attention.default, q, k, v, bias, mask, scale, left, right, plan.target, spec.softcap
+        )
         out = emit.call(operator.getitem, pair, 0)
         if not exact and not biased:
             lse = emit.call("unsqueeze", emit.call(operator.getitem, pair, 1), -1)

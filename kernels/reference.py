@@ -65,8 +65,9 @@ def attention_backward_reference(
     scale: float,
     window_left: int | None = None,
     window_right: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of `attention_reference`'s `out`, recomputing the weights from `lse`.
+    """Gradients of `attention_reference`'s `out` (without sinks), recomputing the weights from `lse`.
 
     Args:
         dout, out: [B, Hq, Sq, Dv]; lse: [B, Hq, Sq]; the rest as in `attention_reference`.
@@ -75,15 +76,18 @@ def attention_backward_reference(
         dq, dk, dv in the shapes and dtypes of q, k, v, and dbias in bias's (None without a bias): summed over the
         dimensions that bias was broadcast along.
     """
-    scores = _scores(q, k, bias, mask, scale, window_left, window_right)
+    scores = _scores(q, k, bias, mask, scale, window_left, window_right, softcap)
     weights = torch.exp(scores - lse.to(scores.dtype).unsqueeze(-1)).masked_fill(scores == float("-inf"), 0.0)
     grad = dout.to(scores.dtype)
     delta = (grad * out.to(scores.dtype)).sum(dim=-1, keepdim=True)
     dscores = weights * (grad @ _per_query_head(v, q).to(scores.dtype).mT - delta)
+    dbias = None if bias is None else dscores.sum_to_size(bias.shape).to(bias.dtype)
+    if softcap is not None:
+        products = q.to(scores.dtype) @ _per_query_head(k, q).to(scores.dtype).mT * scale
+        dscores = dscores * (1 - torch.tanh(products / softcap).square())
     dq = dscores @ _per_query_head(k, q).to(scores.dtype) * scale
     dk = _per_kv_head(dscores.mT @ q.to(scores.dtype), k) * scale
     dv = _per_kv_head(weights.mT @ grad, v)
-    dbias = None if bias is None else dscores.sum_to_size(bias.shape).to(bias.dtype)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias
 
 

@@ -319,6 +319,9 @@ class _Reading:
         scale = scale * factor
         if not (scale.is_number and scale.is_finite) and not scale.free_symbols:
             raise Rejected(Reason.TENSOR_SCALE, f"the scale is {scale}")
+        softcap = view.scores.softcap
+        if softcap is not None and not softcap.is_number:
+            raise Rejected(Reason.TENSOR_SCALE, f"the soft cap is {softcap}")
         terms, mask, empty = read_terms(self.algebra, view.scores.terms, roles, axes)
         if empty in (Empty.MEAN, Empty.MEAN_SCORES) and self.weights.dropout_p:
             empty = Empty.AS_WRITTEN  # the mean would have to be dropped out as well
@@ -345,6 +348,7 @@ class _Reading:
             empty=empty,
             dropout_p=self.weights.dropout_p,
             form=" · ".join(words),
+            softcap=None if softcap is None else float(softcap),
         )
         return spec, (*view.scores.nodes, *self.weights.nodes, product)
 

@@ -49,13 +49,19 @@ class Hidden:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """``scale * product`` with ``terms`` applied in order; ``nodes`` are the chain's interior, softmax side first."""
+    """``scale * product`` with ``terms`` applied in order; ``nodes`` are the chain's interior, softmax side first.
+
+    With a ``softcap``, ``softcap * tanh(scale * product / softcap)`` takes the place of ``scale * product``.
+    ``shifted`` says that a number was added, which a softmax does not see, but a soft cap would.
+    """
 
     product: Product
     scale: sympy.Expr
     terms: tuple[Added | Hidden, ...]
     nodes: tuple[Node, ...]
     words: tuple[str, ...]
+    softcap: sympy.Expr | None = None
+    shifted: bool = False
 
 
 class NotScores(Exception):
@@ -109,6 +115,8 @@ def _read(algebra: Algebra, node: Any, index: Index) -> Scores:
         return _added(algebra, node, index)
     if kind in (aten.masked_fill, aten.where) and len(node.args) >= 3:
         return _hidden(algebra, node, index)
+    if kind is aten.tanh:
+        return _capped(algebra, node, index)
     return _not_understood(algebra, node, index)
 
 
@@ -186,7 +194,16 @@ def _scaled(algebra: Algebra, node: Node, index: Index) -> Scores:
         else dataclasses.replace(t, fill=round_to(t.fill * factor, tensor(node).dtype))
         for t in scores.terms
     )
-    return _extend(scores, node, "scale", scale=scores.scale * factor, terms=terms)
+    softcap = None if scores.softcap is None else scores.softcap * sympy.Abs(factor)
+    return _extend(scores, node, "scale", scale=scores.scale * factor, softcap=softcap, terms=terms)
+
+
+def _capped(algebra: Algebra, node: Node, index: Index) -> Scores:
+    """tanh(s): a soft cap of one, which a factor on it makes larger."""
+    scores = read_scores(algebra, node.args[0], index)
+    if scores.terms or scores.shifted or scores.softcap is not None:
+        raise NotScores(Reason.SCORE_OP, f"'{node.name}' caps scores that are more than a scaled product")
+    return _extend(scores, node, "softcap", softcap=ONE)
 
 
 def _added(algebra: Algebra, node: Node, index: Index) -> Scores:
@@ -199,7 +216,8 @@ def _added(algebra: Algebra, node: Node, index: Index) -> Scores:
         raise NotScores(Reason.SCORE_OP, f"'{node.name}' subtracts the scores")
     other, other_index = operands[1 - position]
     terms = _split_sum(algebra, other, other_index, factors[1 - position], tensor(node).dtype)
-    return _extend(scores, node, "+ mask", terms=scores.terms + terms)
+    shifted = scores.shifted or not terms
+    return _extend(scores, node, "+ mask", terms=scores.terms + terms, shifted=shifted)
 
 
 def _split_sum(

@@ -1,6 +1,7 @@
 """AttentionSpec: the one description that the matcher writes and the planner reads.
 
-out[b, h, q] = softmax_k(scale * q[b, h, q] . k[b, h // group, k] + bias[b, h, q, k] where visible) @ v[b, h // group]
+out[b, h, q] = softmax_k(cap(scale * q[b, h, q] . k[b, h // g, k]) + bias[b, h, q, k] where visible) @ v[b, h // g]
+with cap(x) = softcap * tanh(x / softcap), or x without a softcap, and g query heads to a key/value head.
 """
 
 import dataclasses
@@ -103,6 +104,7 @@ class AttentionSpec:
     dropout_p: float
     form: str
     is_sdpa: bool = False
+    softcap: float | None = None
 
     @property
     def batch_size(self) -> sympy.Expr:

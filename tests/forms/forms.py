@@ -554,9 +554,30 @@ def detached_scores(q, k, v):
     return (q @ k.mT * 0.25).detach().softmax(-1) @ v
 
 
+@form("full")
+def negative_scale(q, k, v):
+    return (q @ k.mT / -4).softmax(-1) @ v
+
+
+# SDPA has no soft cap: test_softcap.py has those that a kernel or the reference runs.
 @form(reason=Reason.SCORE_OP)
 def softcap(q, k, v):
     return (torch.tanh(q @ k.mT * 0.25 / 30) * 30).softmax(-1) @ v
+
+
+@form(reason=Reason.SCORE_OP)
+def capped_bias(q, k, v):
+    return (torch.tanh((q @ k.mT * 0.25 + k.sum(-1)[:, :, None]) / 5) * 5).softmax(-1) @ v
+
+
+@form(reason=Reason.SCORE_OP)
+def capped_twice(q, k, v):
+    return torch.tanh(torch.tanh(q @ k.mT * 0.25) * 2).softmax(-1) @ v
+
+
+@form(reason=Reason.SCORE_OP)
+def cap_of_a_shift(q, k, v):
+    return (torch.tanh(q @ k.mT * 0.25 + 1) * 5).softmax(-1) @ v
 
 
 @form(reason=Reason.WEIGHTS_OP, args=lambda: [*qkv(), torch.rand(H, 1, 1)])

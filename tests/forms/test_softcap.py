@@ -1,0 +1,85 @@
+"""Soft caps: found however they are spelled, run where something has them, and left alone where nothing has."""
+
+import pytest
+import torch
+
+from fa3_inductor import Reason, plan
+
+from .harness import assert_as_good_as_eager, fuse, run
+
+
+def gemma(q, k, v):
+    """transformers' Gemma 2: the scores divided by the cap, tanh, times the cap, then the mask."""
+    scores = torch.matmul(q, k.transpose(2, 3)) * 0.25
+    scores = torch.tanh(scores / 2.0) * 2.0
+    later = torch.full((q.shape[2], k.shape[2]), torch.finfo(q.dtype).min, dtype=q.dtype).triu(1)
+    return torch.softmax(scores + later, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def scaled_query(q, k, v):
+    return (3 * torch.tanh((q * 0.1) @ k.mT)).softmax(-1) @ v
+
+
+def by_multiplication(q, k, v):
+    return ((q @ k.mT * 0.25 * 0.5).tanh() * -4).softmax(-1) @ v
+
+
+def biased(q, k, v):
+    return (torch.tanh(q @ k.mT / 8) * 8 + k.sum(-1)[:, :, None] / 4).softmax(-1) @ v
+
+
+CAPS = {gemma: (2.0, "causal"), scaled_query: (3.0, "full"), by_multiplication: (4.0, "full"), biased: (8.0, "bias")}
+
+
+def qkv():
+    return list((torch.randn(3, 2, 4, 23, 16) * 1.5).unbind())
+
+
+def compare(compiled, fn, args, dtype, grads):
+    ours, eager, exact = (run(f, args, d, grads) for f, d in ((compiled, dtype), (fn, dtype), (fn, torch.float64)))
+    assert_as_good_as_eager(ours, eager, exact, dtype)
+
+
+@pytest.mark.parametrize("fn", CAPS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_reference(fn, dtype):
+    """Forward and every gradient."""
+    compiled, report = fuse(fn, target="reference")
+    compare(compiled, fn, qkv(), dtype, True)
+    (site,) = report.sites
+    assert (site.status, site.target, site.mask) == ("fused", "reference", CAPS[fn][1]), site.verdict
+
+
+@pytest.mark.parametrize("fn", CAPS, ids=lambda f: f.__name__)
+def test_as_planned_for_hopper(fn, monkeypatch):
+    monkeypatch.setattr(plan, "_not_hopper", lambda device: None)
+    seen = []
+    monkeypatch.setattr(plan, "_kernel_name", lambda spec, dtype: seen.append(spec.softcap) or "kernel")
+    compiled, report = fuse(fn)
+    compare(compiled, fn, qkv(), torch.bfloat16, False)
+    (site,) = report.sites
+    assert (site.status, site.target) == ("fused", "hopper") and seen == [pytest.approx(CAPS[fn][0])]
+
+
+def test_no_kernel_has_its_gradient(monkeypatch):
+    monkeypatch.setattr(plan, "_not_hopper", lambda device: None)
+    compiled, report = fuse(gemma)
+    compare(compiled, gemma, qkv(), torch.bfloat16, True)
+    (site,) = report.sites
+    assert (site.status, site.reason) == ("rejected", Reason.SCORE_OP) and "in training" in site.detail
+
+
+def test_sdpa_has_none():
+    compiled, report = fuse(gemma)
+    compare(compiled, gemma, qkv(), torch.float32, True)
+    (site,) = report.sites
+    assert (site.status, site.reason) == ("rejected", Reason.SCORE_OP) and "soft cap" in site.detail
+
+
+def test_dropout_beside_it_is_not_lost():
+    def dropped(q, k, v):
+        return torch.dropout((torch.tanh(q @ k.mT) * 2).softmax(-1), 0.5, True) @ v
+
+    _, report = compiled_report = fuse(dropped, target="reference")
+    compiled_report[0](*qkv())
+    assert [s.reason for s in report.sites] == [Reason.SCORE_OP]
