@@ -1,8 +1,8 @@
 """The operators that the pass puts into graphs: `fa3::attention` and `fa3::attention_backward`.
 
-Import this module to register them. They are opaque to Inductor, functional, differentiable once (in q, k, v and bias),
-and have fakes for every shape, symbolic ones included. Both take `target`: "hopper" runs the Gluon kernels on CUDA
-tensors, "reference" the plain PyTorch specification; CPU tensors always take the reference.
+Import this module to register them. They are opaque to Inductor, functional, differentiable once (in q, k, v, bias and
+sinks), and have fakes for every shape, symbolic ones included. Both take `target`: "hopper" runs the Gluon kernels on
+CUDA tensors, "reference" the plain PyTorch specification; CPU tensors always take the reference.
 `fa3_inductor.kernels.reference` says what the other arguments mean.
 """
 
@@ -22,7 +22,8 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 torch.library.define(
     "fa3::attention",
-    f"(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, {_MASKING}, {_SOFTCAP}) -> (Tensor, Tensor)",
+    f"(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, {_MASKING}, {_SOFTCAP}, "
+    "Tensor? sinks=None) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 torch.library.define(
@@ -34,23 +35,27 @@ torch.library.define(
 
 
 @torch.library.impl("fa3::attention", "default")
-def _attention(q, k, v, bias, mask, scale, window_left, window_right, target, softcap=None):
+def _attention(q, k, v, bias, mask, scale, window_left, window_right, target, softcap=None, sinks=None):
     if target == "hopper" and q.is_cuda:
         from fa3_inductor.kernels.forward import attention_forward
 
         return attention_forward(
-            q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap
-        )
+            q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap,
+            sinks=sinks,
+        )  # fmt: skip
     _check(q, k, v, bias, mask, target)
     out, lse = attention_reference(
-        q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap
-    )
+        q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap,
+        sinks=sinks,
+    )  # fmt: skip
     return output_like(q, v.shape[-1]).copy_(out), lse
 
 
 @torch.library.register_fake("fa3::attention")
-def _attention_fake(q, k, v, bias, mask, scale, window_left, window_right, target, softcap=None):
+def _attention_fake(q, k, v, bias, mask, scale, window_left, window_right, target, softcap=None, sinks=None):
     _check(q, k, v, bias, mask, target)
+    if sinks is not None and sinks.shape != q.shape[1:2]:
+        raise ValueError(f"fa3::attention: sinks are [{q.shape[1]}], one for each query head, not {list(sinks.shape)}")
     return output_like(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
 
 
@@ -81,20 +86,26 @@ def _backward_fake(
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, bias, mask, ctx.scale, ctx.window_left, ctx.window_right, ctx.target, ctx.softcap = inputs
+    q, k, v, bias, mask, ctx.scale, ctx.window_left, ctx.window_right, ctx.target, ctx.softcap, sinks = inputs
     out, lse = output
     ctx.bias_grad = bias is not None and ctx.needs_input_grad[3]
-    ctx.save_for_backward(q, k, v, bias, mask, out, lse)
+    ctx.sinks_grad = sinks is not None and ctx.needs_input_grad[10]
+    ctx.save_for_backward(q, k, v, bias, mask, out, lse, sinks)
     ctx.mark_non_differentiable(lse)
 
 
 def _attention_vjp(ctx, dout, _dlse):
-    q, k, v, bias, mask, out, lse = ctx.saved_tensors
+    q, k, v, bias, mask, out, lse, sinks = ctx.saved_tensors
     dq, dk, dv, dbias = torch.ops.fa3.attention_backward(
         dout, q, k, v, bias, mask, out, lse, ctx.scale, ctx.window_left, ctx.window_right, ctx.target, ctx.bias_grad,
         ctx.softcap,
     )  # fmt: skip
-    return dq, dk, dv, dbias if ctx.bias_grad else None, None, None, None, None, None, None
+    dsinks = None
+    if ctx.sinks_grad:  # a sink's weight times what it adds to the output, nothing, less what the row adds up to
+        weights = torch.exp(sinks.to(lse.dtype).view(1, -1, 1) - lse)
+        delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+        dsinks = -(weights * delta).sum((0, 2)).to(sinks.dtype)
+    return dq, dk, dv, dbias if ctx.bias_grad else None, None, None, None, None, None, None, dsinks
 
 
 def _no_double_backward(ctx, *grads):

@@ -42,8 +42,11 @@ def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: 
         why = _not_on_hopper(spec, tensors, trains)
         if why is None:
             return Plan("hopper", _kernel_name(spec, tensors["q"].dtype), empty)
-    if spec.softcap is not None:
-        raise Rejected(Reason.SCORE_OP, f"a soft cap, which scaled_dot_product_attention has not; no kernel: {why}")
+    for what, there in (("a soft cap", spec.softcap), ("sinks", spec.sinks)):
+        if there is not None:
+            raise Rejected(
+                Reason.SCORE_OP, f"{what}, which scaled_dot_product_attention does not have; no kernel: {why}"
+            )
     return Plan("sdpa", "F.scaled_dot_product_attention", empty, why)
 
 
@@ -118,7 +121,7 @@ def _kernel_name(spec: AttentionSpec, dtype: torch.dtype) -> str:
     if spec.head_dim_v != spec.head_dim:
         words[-1] += f"/{spec.head_dim_v}"
     words.append("window" if mask.window_left is not None else "full" if mask.window_right is None else "causal")
-    words += ["softcap"] * (spec.softcap is not None)
+    words += ["softcap"] * (spec.softcap is not None) + ["sinks"] * (spec.sinks is not None)
     words += sorted({"bias" if t.kind is TermKind.BIAS else "mask" for t in spec.terms if t.window is None})
     return f"attention_forward[{', '.join(words)}]"
 

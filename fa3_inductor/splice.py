@@ -279,9 +279,9 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
         if as_tensors is not spec.terms or by_window:
             left = _window_edge(emit, spec, spec.mask.window_left, -1, q, k)
             right = _window_edge(emit, spec, spec.mask.window_right, 1, q, k)
-        pair = emit.call(
-            torch.ops.fa3.attention.default, q, k, v, bias, mask, scale, left, right, plan.target, spec.softcap
-        )
+        sinks = None if spec.sinks is None else emit.call("reshape", emit.operand(spec.sinks), -1)
+        options = (scale, left, right, plan.target, spec.softcap, sinks)
+        pair = emit.call(torch.ops.fa3.attention.default, q, k, v, bias, mask, *options)
         out = emit.call(operator.getitem, pair, 0)
         if not exact and not biased:
             lse = emit.call("unsqueeze", emit.call(operator.getitem, pair, 1), -1)

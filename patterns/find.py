@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .algebra import Algebra, Opaque
-from .indices import ZERO, Index, Space, broadcast_index, shape_exprs, size_expr
+from .indices import ONE, ZERO, Index, Space, broadcast_index, shape_exprs, size_expr
 from .layouts import LAYOUT_OPS, argument, layout_step, packet, rank, tensor, users_of
 from .masks import Axes, Mask, describe, no_row_is_empty
 from .operands import Roles, choose_operands, peel
@@ -18,7 +18,7 @@ from .products import as_product, is_product
 from .reasons import Reason
 from .scores import Added, Hidden, NotScores, Scores, read_scores
 from .spec import AttentionSpec, Empty, Rejected, Term, TermKind
-from .terms import read_terms
+from .terms import empty_beside_sink, read_sink, read_terms
 
 aten = torch.ops.aten
 log = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def _keeps_shape(node: Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape in shapes
 
 
-_WEIGHT_OPS = (aten._to_copy, aten.to, aten.type_as, aten.dropout)
+_WEIGHT_OPS = (aten._to_copy, aten.to, aten.type_as, aten.dropout, aten.slice)
 
 
 def _keeps_weights(node: Node) -> bool:
@@ -303,7 +303,14 @@ class _Reading:
 
     def spec(self, view: _View, names: list[tuple[str, ...]]) -> tuple[AttentionSpec, tuple[Node, ...]]:
         space, product = self.space, self.weights.product
-        seqlen_k = shape_exprs(tensor(self.softmax))[self.dim]
+        seqlen_k = space.size(view.k) if view.k != 0 else ONE
+        whole = shape_exprs(tensor(self.softmax))[self.dim]
+        if sympy.expand(whole - seqlen_k - int(view.scores.sink is not None)) != 0:
+            raise Rejected(
+                Reason.SOFTMAX_DIM, f"the softmax runs over {whole} keys, the product with v over {seqlen_k}"
+            )
+        if any(at != view.k for at in view.scores.along):
+            raise Rejected(Reason.SCORE_OP, "a maximum or a sink of the scores is not taken along the keys")
         axes = Axes(space.symbol("q", self.sizes["q"]), view.k, self.sizes["q"], seqlen_k)
         others = [n for axis in names for n in axis if n not in ("q", "d")]
         head_dim = _static_head_dim(_contracted_size(view))
@@ -323,6 +330,10 @@ class _Reading:
         if softcap is not None and not softcap.is_number:
             raise Rejected(Reason.TENSOR_SCALE, f"the soft cap is {softcap}")
         terms, mask, empty = read_terms(self.algebra, view.scores.terms, roles, axes)
+        sinks = None
+        if view.scores.sink is not None:
+            sinks = read_sink(space, view.scores.sink, roles)
+            empty = empty_beside_sink(self.algebra, view.scores.terms, empty)
         if empty in (Empty.MEAN, Empty.MEAN_SCORES) and self.weights.dropout_p:
             empty = Empty.AS_WRITTEN  # the mean would have to be dropped out as well
         words = [*view.scores.words, "softmax", *self.weights.words, str(packet(product)).partition(".")[2]]
@@ -349,6 +360,7 @@ class _Reading:
             dropout_p=self.weights.dropout_p,
             form=" · ".join(words),
             softcap=None if softcap is None else float(softcap),
+            sinks=sinks,
         )
         return spec, (*view.scores.nodes, *self.weights.nodes, product)
 

@@ -37,7 +37,7 @@ def peel(algebra: Algebra, node: Node, index: Index, scales: bool = True) -> lis
             return found
         if step is not None:
             node, index = step
-        elif packet(node) in (aten._to_copy, aten.to) and _widens(node):
+        elif packet(node) in (aten._to_copy, aten.to) and widens(node):
             node = node.args[0]
         elif scales and packet(node) in (aten.mul, aten.div) and _is_scaled(algebra, node):
             tensor_side = next(x for x in node.args[:2] if isinstance(x, Node) and rank(x) > 0)
@@ -51,7 +51,7 @@ def peel(algebra: Algebra, node: Node, index: Index, scales: bool = True) -> lis
         found.append(Candidate(node, index, factor))
 
 
-def _widens(node: Node) -> bool:
+def widens(node: Node) -> bool:
     source, target = tensor(node.args[0]).dtype, tensor(node).dtype
     narrow = source in (torch.bfloat16, torch.float16) and target in (torch.float32, source)
     return source == target or narrow

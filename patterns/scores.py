@@ -6,6 +6,7 @@ is.
 """
 
 import dataclasses
+import operator
 from typing import Any
 
 import sympy
@@ -14,8 +15,8 @@ from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
 from .algebra import FALSE, TRUE, Algebra, Choice, Opaque, Value, is_condition, round_to, to_boolean, to_number
-from .indices import ONE, Index, broadcast_index, shape_exprs
-from .layouts import NO_GRAD, argument, layout_step, packet, tensor
+from .indices import ONE, ZERO, Index, broadcast_index, is_nonnegative, shape_exprs
+from .layouts import NO_GRAD, argument, layout_step, packet, rank, tensor
 from .products import Product, as_product, is_product
 from .reasons import Reason
 
@@ -52,7 +53,9 @@ class Scores:
     """``scale * product`` with ``terms`` applied in order; ``nodes`` are the chain's interior, softmax side first.
 
     With a ``softcap``, ``softcap * tanh(scale * product / softcap)`` takes the place of ``scale * product``.
-    ``shifted`` says that a number was added, which a softmax does not see, but a soft cap would.
+    ``shifted`` says that a number was added, which a softmax does not see, but a soft cap would. ``sink`` is one more
+    column that was joined to the scores, and ``along`` the index expressions that have to be the keys': where it was
+    joined, and where a row's maximum was taken.
     """
 
     product: Product
@@ -62,6 +65,8 @@ class Scores:
     words: tuple[str, ...]
     softcap: sympy.Expr | None = None
     shifted: bool = False
+    sink: tuple[Node, Index] | None = None
+    along: tuple[sympy.Expr, ...] = ()
 
 
 class NotScores(Exception):
@@ -117,6 +122,8 @@ def _read(algebra: Algebra, node: Any, index: Index) -> Scores:
         return _hidden(algebra, node, index)
     if kind is aten.tanh:
         return _capped(algebra, node, index)
+    if kind is aten.cat:
+        return _joined(algebra, node, index)
     return _not_understood(algebra, node, index)
 
 
@@ -188,6 +195,7 @@ def _scaled(algebra: Algebra, node: Node, index: Index) -> Scores:
             factor = 1 / factor
     if isinstance(factor, Choice) or algebra.space.indices_of(factor) or factor.has(Opaque):
         raise NotScores(Reason.TENSOR_SCALE, f"'{node.name}' scales the scores by a tensor")
+    _check_no_sink(scores, node)
     terms = tuple(
         dataclasses.replace(t, coefficient=t.coefficient * factor)
         if isinstance(t, Added)
@@ -201,6 +209,7 @@ def _scaled(algebra: Algebra, node: Node, index: Index) -> Scores:
 def _capped(algebra: Algebra, node: Node, index: Index) -> Scores:
     """tanh(s): a soft cap of one, which a factor on it makes larger."""
     scores = read_scores(algebra, node.args[0], index)
+    _check_no_sink(scores, node)
     if scores.terms or scores.shifted or scores.softcap is not None:
         raise NotScores(Reason.SCORE_OP, f"'{node.name}' caps scores that are more than a scaled product")
     return _extend(scores, node, "softcap", softcap=ONE)
@@ -215,9 +224,64 @@ def _added(algebra: Algebra, node: Node, index: Index) -> Scores:
     if factors[position] != 1:
         raise NotScores(Reason.SCORE_OP, f"'{node.name}' subtracts the scores")
     other, other_index = operands[1 - position]
+    maximum = _maximum_of(other, operands[position][0]) if factors[1 - position] == -1 else None
+    if maximum is not None:  # a softmax over the same keys does not see it, infinities and NaN included
+        nodes, dim = maximum
+        scores = dataclasses.replace(scores, nodes=(*nodes, *scores.nodes))
+        return _extend(scores, node, along=(*scores.along, index[dim]))
+    _check_no_sink(scores, node)
     terms = _split_sum(algebra, other, other_index, factors[1 - position], tensor(node).dtype)
     shifted = scores.shifted or not terms
     return _extend(scores, node, "+ mask", terms=scores.terms + terms, shifted=shifted)
+
+
+def _maximum_of(node: Any, source: Node) -> tuple[tuple[Node, ...], int] | None:
+    """The nodes that take the largest entry of each row of ``source``, and the dimension that they take it over."""
+    if not _is_tensor(node) or node.op != "call_function":
+        return None
+    reduction = node
+    if node.target is operator.getitem and node.args[1] == 0 and packet(node.args[0]) is aten.max:
+        reduction = node.args[0]
+    elif packet(node) is not aten.amax:
+        return None
+    dims, keepdim = argument(reduction, 1, "dim"), argument(reduction, 2, "keepdim", False)
+    dims = [dims] if isinstance(dims, int) else list(dims or ())
+    if reduction.args[0] is not source or len(dims) != 1 or not keepdim:
+        return None
+    return tuple(dict.fromkeys((node, reduction))), dims[0] % rank(source)
+
+
+def _joined(algebra: Algebra, node: Node, index: Index) -> Scores:
+    """The scores in a concatenation of scores and one more column, which only takes its share of a softmax."""
+    space, dim = algebra.space, argument(node, 1, "dim", 0) % rank(node)
+    offset: sympy.Expr = ZERO
+    inside, others, failure = None, [], NotScores()
+    for x in node.args[0]:
+        size = shape_exprs(tensor(x))[dim]
+        bounds = space.bounds(index[dim] - offset)
+        if bounds and is_nonnegative(bounds[0]) and is_nonnegative(size - 1 - bounds[1]):
+            inside = read_scores(algebra, x, (*index[:dim], index[dim] - offset, *index[dim + 1 :]))
+        else:
+            others.append(x)
+            try:
+                read_scores(algebra, x, (*index[:dim], space.symbol("joined", size), *index[dim + 1 :]))
+            except NotScores as error:
+                failure = max(failure, error, key=lambda f: f.reason is not Reason.NO_PRODUCT)
+            else:
+                failure = NotScores(Reason.SCORE_OP, f"'{node.name}' joins scores of several products")
+        offset += size
+    if inside is None:
+        raise failure
+    if len(others) != 1 or shape_exprs(tensor(others[0]))[dim] != 1:
+        raise NotScores(Reason.SCORE_OP, f"'{node.name}' joins scores with more than one column")
+    _check_no_sink(inside, node)
+    sink = (others[0], (*index[:dim], ZERO, *index[dim + 1 :]))
+    return _extend(inside, node, "sink", sink=sink, along=(*inside.along, index[dim]))
+
+
+def _check_no_sink(scores: Scores, node: Node) -> None:
+    if scores.sink is not None:
+        raise NotScores(Reason.SCORE_OP, f"'{node.name}' changes scores that a sink was joined to")
 
 
 def _split_sum(
@@ -265,6 +329,7 @@ def _hidden(algebra: Algebra, node: Node, index: Index) -> Scores:
         except NotScores as error:
             failure = max(failure, error, key=lambda f: f.reason is not Reason.NO_PRODUCT)
             continue
+        _check_no_sink(scores, node)
         fill = algebra.value(fill_node, fill_index)
         if isinstance(fill, Choice) or is_condition(fill) or not (fill.is_number or fill in (sympy.oo, -sympy.oo)):
             raise NotScores(

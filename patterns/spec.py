@@ -105,6 +105,7 @@ class AttentionSpec:
     form: str
     is_sdpa: bool = False
     softcap: float | None = None
+    sinks: Operand | None = None  # [Hq]: one more score in every row of a head, which has no value
 
     @property
     def batch_size(self) -> sympy.Expr:

@@ -6,9 +6,9 @@ from torch.fx import Node
 
 from .algebra import Algebra, leaves, to_number
 from .indices import Index, Space
-from .layouts import NO_GRAD, layout_step
+from .layouts import NO_GRAD, layout_step, packet
 from .masks import FULL, Axes, Mask, no_row_is_empty, prove
-from .operands import Roles
+from .operands import Roles, widens
 from .reasons import Reason
 from .scores import MASK_THRESHOLD, Added, Hidden, is_low, visible_where
 from .spec import Empty, Operand, Rejected, Term, TermKind
@@ -38,7 +38,7 @@ def read_terms(
             window = proved if proved.is_window else None
             if window == FULL:
                 continue
-        operand = _side_operand(space, raw_term, roles)
+        operand = side_operand(space, raw_term.node, raw_term.index, roles)
         if isinstance(raw_term, Hidden):
             if not is_low(raw_term.fill):
                 value = f"{float(raw_term.fill):g} by the time of the softmax"
@@ -95,9 +95,47 @@ def _added_empty(algebra: Algebra, term: Added) -> Empty | None:
     return None
 
 
-def _side_operand(space: Space, term: Added | Hidden, roles: Roles) -> Operand:
+def read_sink(space: Space, sink: tuple[Node, Index], roles: Roles) -> Operand:
+    """The sinks as a tensor over the heads."""
+    heads_only = ((), (), ()), len([1 for _, size in roles.heads if size != 1])
+    step: tuple[Node, Index] | None = sink
+    while step is not None:
+        operand = roles.group(*step, roles.q, roles.k)
+        if operand is not None:
+            batch, heads, rows, columns = operand.groups
+            if ((batch, rows, columns), len(heads)) == heads_only:
+                return operand
+        node, index = step
+        if node.meta.get(NO_GRAD):
+            break
+        is_wider = packet(node) in (aten._to_copy, aten.to) and widens(node)
+        step = (node.args[0], index) if is_wider else layout_step(space, node, index)
+    raise Rejected(Reason.LAYOUT, f"'{sink[0].name}', joined to the scores, is not one number for each head")
+
+
+# What is below this has no weight beside a sink, which is a parameter of usual size.
+_BELOW_ANY_SINK = -1e30
+
+
+def empty_beside_sink(algebra: Algebra, raw: tuple[Added | Hidden, ...], empty: Empty) -> Empty:
+    """What a row of nothing but masked keys is beside a sink, which then takes all of the weight: zeros."""
+    if empty is Empty.IMPOSSIBLE:
+        return empty
+    for term in raw:
+        if isinstance(term, Hidden):
+            hides = [term.fill]
+        elif visible_where(algebra, term) is None:
+            continue  # a bias: added as it stands
+        else:
+            values = leaves(to_number(algebra.value(term.node, term.index)))
+            hides = [value * term.coefficient for value in values if not value.is_zero]
+        if not all(value <= _BELOW_ANY_SINK for value in hides):
+            raise Rejected(Reason.EMPTY_ROWS, "masked keys may still have weight beside a sink")
+    return Empty.ZERO
+
+
+def side_operand(space: Space, node: Node, index: Index, roles: Roles) -> Operand:
     """A mask or bias as a tensor that broadcasts to [B, H, Sq, Sk]."""
-    node, index = term.node, term.index
     found = None
     step: tuple[Node, Index] | None = (node, index)
     while step is not None:

@@ -1,0 +1,161 @@
+"""Attention sinks: one more logit for each head that takes weight and has no value, as in gpt-oss."""
+
+import pytest
+import torch
+
+from fa3_inductor import Reason, plan
+
+from .harness import assert_as_good_as_eager, fuse, run
+
+B, H, S, D = 2, 16, 23, 16
+
+
+def tensors():
+    return [*torch.randn(3, B, H, S, D).unbind(), torch.randn(H)]
+
+
+def column(sinks, q):
+    return sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)
+
+
+def causal(q, fill):
+    return torch.full((S, S), fill, dtype=q.dtype).triu(1)
+
+
+def gpt_oss(q, k, v, sinks):
+    """transformers' eager GPT-OSS."""
+    scores = torch.matmul(q, k.transpose(2, 3)) * 0.25 + causal(q, torch.finfo(q.dtype).min)
+    joined = torch.cat([scores, column(sinks, q)], dim=-1)
+    joined = joined - joined.max(dim=-1, keepdim=True).values
+    weights = torch.softmax(joined, dim=-1, dtype=joined.dtype)[..., :-1]
+    return torch.matmul(torch.dropout(weights, 0.1, False), v)
+
+
+def plain(q, k, v, sinks):
+    return torch.cat([q @ k.mT * 0.25, column(sinks, q)], -1).softmax(-1)[..., :-1] @ v
+
+
+def narrowed(q, k, v, sinks):
+    weights = torch.cat([(q @ k.mT).float(), column(sinks, q).float()], -1).softmax(-1).narrow(-1, 0, S)
+    return weights.to(q.dtype) @ v
+
+
+def capped(q, k, v, sinks):
+    return torch.cat([torch.tanh(q @ k.mT / 8) * 2, column(sinks, q)], -1).softmax(-1)[..., :S] @ v
+
+
+def empty_rows(q, k, v, sinks):
+    """Queries that see no key give all of their weight to the sink."""
+    hidden = torch.arange(S) > torch.arange(S)[:, None] - 3
+    scores = (q @ k.mT * 0.25).masked_fill(hidden, float("-inf"))
+    return torch.cat([scores, column(sinks, q)], -1).softmax(-1)[..., :-1] @ v
+
+
+SINKS = {gpt_oss: "causal", plain: "full", narrowed: "full", capped: "full", empty_rows: "causal (shifted by -3)"}
+
+
+def compare(compiled, fn, args, dtype, grads=True):
+    ours, eager, exact = (run(f, args, d, grads) for f, d in ((compiled, dtype), (fn, dtype), (fn, torch.float64)))
+    assert_as_good_as_eager(ours, eager, exact, dtype)
+
+
+@pytest.mark.parametrize("fn", SINKS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_reference(fn, dtype):
+    """Forward and every gradient, the sinks' among them."""
+    compiled, report = fuse(fn, target="reference")
+    compare(compiled, fn, tensors(), dtype)
+    (site,) = report.sites
+    assert (site.status, site.target, site.mask) == ("fused", "reference", SINKS[fn]), site.verdict
+
+
+@pytest.mark.parametrize("grads", [False, True])
+def test_as_planned_for_hopper(grads, monkeypatch):
+    monkeypatch.setattr(plan, "_not_hopper", lambda device: None)
+    compiled, report = fuse(gpt_oss)
+    compare(compiled, gpt_oss, tensors(), torch.bfloat16, grads)
+    (site,) = report.sites
+    assert (site.status, site.target) == ("fused", "hopper") and "sinks" in site.kernel, site.verdict
+
+
+def test_sdpa_has_none():
+    compiled, report = fuse(gpt_oss)
+    compare(compiled, gpt_oss, tensors(), torch.float32)
+    (site,) = report.sites
+    assert (site.status, site.reason) == ("rejected", Reason.SCORE_OP) and "sinks" in site.detail
+
+
+def sink_of_queries(q, k, v, sinks):
+    return torch.cat([q @ k.mT, q.sum(-1, keepdim=True)], -1).softmax(-1)[..., :-1] @ v
+
+
+def two_sinks(q, k, v, sinks):
+    return torch.cat([q @ k.mT, column(sinks, q), column(sinks, q)], -1).softmax(-1)[..., :-2] @ v
+
+
+def wide_sink(q, k, v, sinks):
+    return torch.cat([q @ k.mT, column(sinks, q).expand(-1, -1, -1, 2)], -1).softmax(-1)[..., :-2] @ v
+
+
+def last_key_dropped(q, k, v, sinks):
+    return (q @ k.mT).softmax(-1)[..., :-1] @ v[:, :, :-1]
+
+
+def masked_after(q, k, v, sinks):
+    joined = torch.cat([q @ k.mT, column(sinks, q)], -1)
+    return joined.masked_fill(torch.ones(S, S + 1, dtype=torch.bool).triu(1), -1e9).softmax(-1)[..., :-1] @ v
+
+
+def scaled_after(q, k, v, sinks):
+    return (torch.cat([q @ k.mT, column(sinks, q)], -1) * 0.25).softmax(-1)[..., :-1] @ v
+
+
+def maximum_of_queries(q, k, v, sinks):
+    scores = q @ k.mT
+    return (scores - scores.amax(-2, keepdim=True)).softmax(-1) @ v
+
+
+def shallow_mask(q, k, v, sinks):
+    hidden = torch.arange(S) > torch.arange(S)[:, None] - 3
+    scores = (q @ k.mT).masked_fill(hidden, -2e4)
+    return torch.cat([scores, column(sinks, q)], -1).softmax(-1)[..., :-1] @ v
+
+
+def two_products(q, k, v, sinks):
+    return torch.cat([q @ k.mT, q @ v.mT], -1).softmax(-1)[..., :S] @ v
+
+
+LEFT_ALONE = {
+    sink_of_queries: Reason.LAYOUT,
+    two_sinks: Reason.SCORE_OP,
+    wide_sink: Reason.SCORE_OP,
+    last_key_dropped: Reason.SOFTMAX_DIM,
+    masked_after: Reason.SCORE_OP,
+    scaled_after: Reason.SCORE_OP,
+    maximum_of_queries: Reason.SCORE_OP,
+    shallow_mask: Reason.EMPTY_ROWS,
+    two_products: Reason.SCORE_OP,
+}
+
+
+@pytest.mark.parametrize("fn", LEFT_ALONE, ids=lambda f: f.__name__)
+def test_left_alone(fn):
+    compiled, report = fuse(fn, target="reference")
+    args = tensors()
+    ours, eager = (run(f, args, torch.float32) for f in (compiled, fn))
+    for mine, theirs in zip([ours.out, *ours.grads], [eager.out, *eager.grads], strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert [s.reason for s in report.sites] == [LEFT_ALONE[fn]], [s.verdict for s in report.sites]
+
+
+@pytest.mark.parametrize("reduce", ["amax", "max"])
+def test_a_maximum_subtracted_for_stability_is_nothing(reduce):
+    def stable(q, k, v):
+        scores = q @ k.mT * 0.25
+        top = scores.amax(-1, keepdim=True) if reduce == "amax" else scores.max(-1, keepdim=True)[0]
+        return (scores - top).softmax(-1) @ v
+
+    compiled, report = fuse(stable)
+    compare(compiled, stable, tensors()[:3], torch.float32)
+    (site,) = report.sites
+    assert (site.status, site.mask) == ("fused", "full"), site.verdict
