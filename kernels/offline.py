@@ -26,29 +26,30 @@ from triton.compiler import make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
+from fa3_inductor.kernels import sass
+
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_LIMIT = 232448  # bytes a block may have on sm_90; triton does not check it
 # Bytes: what is put by once per row tile costs nothing. In a loop of matrix products (400 instructions and more) a few
 # accesses are let pass: a bias at head_dim 256 has 3.
 SPILL_LIMIT, LOOP_SPILL_LIMIT = 128, 4
 _NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-_OPCODE = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P(?:\d+|T)\s+)?([^;]+);")
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What became of one kernel: `counts` by opcode up to its first dot, `max_regs` the operands of its USETMAXREG,
-    `loop_spills` the accesses to local memory in innermost loops of matrix products."""
+    `loop_spills` and `early_writes` as in `sass`."""
 
     name: str
     registers: int
     spill_bytes: int
     loop_spills: int
+    early_writes: list[str]
     shared_bytes: int
     counts: dict[str, int]
     max_regs: list[int]
     warnings: list[str]
-    sass: str = dataclasses.field(repr=False)
 
 
 def compile_offline(name: str, kernel, args: tuple, options: dict) -> Report:
@@ -71,38 +72,21 @@ def compile_offline(name: str, kernel, args: tuple, options: dict) -> Report:
         command = [get_ptxas(HOPPER.arch).path, "-v", "--gpu-name=sm_90a", str(ptx), "-o", str(Path(folder, "again"))]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         cubin.write_bytes(compiled.asm["cubin"])
-        sass = subprocess.run([_NVDISASM, "-c", cubin], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run([_NVDISASM, "-c", cubin], capture_output=True, text=True, check=True).stdout
     messages = [line.strip() for line in log.splitlines() if "warning" in line.lower() or re.search(r"C75\d\d", line)]
-    instructions = [match.group(1) for line in sass.splitlines() if (match := _OPCODE.match(line))]
+    code = sass.parse(text)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     return Report(
         name=name,
         registers=int(re.search(r"Used (\d+) registers", log).group(1)),
         spill_bytes=int(spills.group(1)) + int(spills.group(2)),
-        loop_spills=_loop_spills(sass),
+        loop_spills=sass.loop_spills(code),
+        early_writes=sass.early_writes(code),
         shared_bytes=compiled.metadata.shared,
-        counts=dict(collections.Counter(re.split(r"[.\s]", i, maxsplit=1)[0] for i in instructions)),
-        max_regs=[int(i.split()[-1], 0) for i in instructions if i.startswith("USETMAXREG")],
+        counts=dict(collections.Counter(re.split(r"[.\s]", i, maxsplit=1)[0] for i in code.instructions)),
+        max_regs=[int(i.split()[-1], 0) for i in code.instructions if i.startswith("USETMAXREG")],
         warnings=messages,
-        sass=sass,
     )
-
-
-def _loop_spills(sass: str) -> int:
-    """How many LDL and STL there are in innermost loops that have an HGMMA."""
-    labels, lines = {}, []
-    for line in sass.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label.group(1)] = len(lines)
-        elif instruction := _OPCODE.match(line):
-            lines.append(instruction.group(1))
-    jumps = [(end, re.search(r"BRA.*`\((\.L_x_\d+)\)", text)) for end, text in enumerate(lines)]
-    loops = [(labels[jump.group(1)], end) for end, jump in jumps if jump and labels.get(jump.group(1), end + 1) <= end]
-    with_products = [(a, b) for a, b in loops if any(text.startswith("HGMMA") for text in lines[a:b])]
-    innermost = [
-        (a, b) for a, b in with_products if not any((c, d) != (a, b) and a <= c and d <= b for c, d in with_products)
-    ]
-    return sum(text.startswith(("LDL", "STL")) for a, b in innermost for text in lines[a:b])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +166,8 @@ def violations(report: Report, register_budget: set[int]) -> list[str]:
         broken.append(f"{report.spill_bytes} bytes spilled")
     if report.loop_spills > LOOP_SPILL_LIMIT:
         broken.append(f"{report.loop_spills} accesses to spilled registers in a loop of matrix products")
+    for instruction in report.early_writes:
+        broken.append(f"'{instruction}' writes to an operand of a matrix product in flight (triton-lang/triton#11781)")
     if report.shared_bytes > SHARED_LIMIT:
         broken.append(f"{report.shared_bytes} bytes of shared memory")
     # Beyond the budget, 256 is what the first warp group has before the roles part, and one other number what the rest
@@ -196,7 +182,7 @@ def check(name: str) -> dict:
     """Compiles the case `name` in a process of its own, since a compiler's assertion would end this one.
 
     Returns:
-        the fields of `Report` but for the machine code, and "violations", a list of sentences.
+        the fields of `Report`, and "violations", a list of sentences.
     """
     child = subprocess.run([sys.executable, "-m", __spec__.name, "--case", name], capture_output=True, text=True)
     if child.returncode:
@@ -213,7 +199,6 @@ def main() -> int:
         case = cases()[name]()
         report = compile_offline(name, case.kernel, case.args, case.options)
         fields = dataclasses.asdict(report) | {"violations": violations(report, case.register_budget)}
-        del fields["sass"]
         print(json.dumps(fields))
         return 0
     failed = 0

@@ -6,18 +6,18 @@ import pytest
 
 pytest.importorskip("triton")
 
-from fa3_inductor.kernels import offline  # noqa: E402
+from fa3_inductor.kernels import offline, sass  # noqa: E402
 
 GOOD = offline.Report(
     name="good",
     registers=168,
     spill_bytes=0,
     loop_spills=0,
+    early_writes=[],
     shared_bytes=200_000,
     counts={"HGMMA": 64, "UTMALDG": 6, "UTMASTG": 2, "USETMAXREG": 4},
     max_regs=[120, 240, 24, 256],
     warnings=[],
-    sass="",
 )
 
 
@@ -35,6 +35,10 @@ def test_a_good_report_breaks_no_rule():
     "change, sentence",
     [
         (dict(spill_bytes=132), "132 bytes spilled"),
+        (
+            dict(early_writes=["MOV R1, R2"]),
+            "'MOV R1, R2' writes to an operand of a matrix product in flight (triton-lang/triton#11781)",
+        ),
         (dict(loop_spills=5), "5 accesses to spilled registers in a loop of matrix products"),
         (dict(shared_bytes=240_000), "240000 bytes of shared memory"),
         (dict(counts={"UTMALDG": 6, "UTMASTG": 2, "USETMAXREG": 4}), "no HGMMA"),
@@ -48,12 +52,58 @@ def test_each_rule(change, sentence):
     assert offline.violations(dataclasses.replace(GOOD, **change), {240, 24}) == [sentence]
 
 
+def code(*lines):
+    """What nvdisasm prints; labels end in a colon."""
+    return sass.parse("\n".join(x if x.endswith(":") else f"        /*0010*/                   {x} ;" for x in lines))
+
+
+PRODUCT = "HGMMA.64x64x16.F32.BF16 R88, R24, gdesc[UR8].tnspB, R88, gsb0"
+
+
 def test_spills_are_counted_in_loops_of_matrix_products():
-    line = "        /*0010*/                   {} ;"
-    loop = [line.format(x) for x in ("HGMMA.64x64x16.F32 R4, R2", "LDL R0, [R1]", "@P0 BRA `(.L_x_1)")]
-    before = [line.format("STL [R1], R0")]
-    assert offline._loop_spills("\n".join([*before, ".L_x_1:", *loop])) == 1
-    assert offline._loop_spills("\n".join([*before, ".L_x_1:", loop[0], loop[2], loop[1]])) == 0
+    store, load, jump = "STL [R1], R0", "LDL R0, [R1]", "@P0 BRA `(.L_x_1)"
+    assert sass.loop_spills(code(store, ".L_x_1:", PRODUCT, load, jump)) == 1
+    assert sass.loop_spills(code(store, ".L_x_1:", PRODUCT, jump, load)) == 0
+    assert sass.loop_spills(code(".L_x_1:", store, jump, PRODUCT)) == 0
+
+
+WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+SCORES = "HGMMA.64x64x16.F32.BF16 R120, gdesc[UR8], RZ, !UPT, gsb0"
+
+
+WRITES = [
+    "FADD R27, R1, R2",
+    "@!P1 MOV R24, R3",
+    "LDG.E.64 R23, desc[UR4][R2.64]",
+    "IMAD.WIDE R26, R1, R2, R4",
+    "SHFL.BFLY PT, R25, R1, 0x1, 0x1f",
+    "CS2R R24, SRZ",
+    "HGMMA.64x16x16.F32.BF16 R20, gdesc[UR8], RZ, !UPT",
+]
+READS = [
+    "FADD R28, R24, R25",
+    "STG.E desc[UR4][R2.64], R24",
+    "ISETP.GE.AND P0, PT, R24, R3, PT",
+    "BAR.SYNC R24, R25",
+    "R2UR UR4, R24",
+    "FADD R23, R1, R2",
+]
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_to_an_operand_in_flight_is_found(write):
+    bare = write.removeprefix("@!P1 ")
+    assert sass.early_writes(code(PRODUCT, write)) == [bare]
+    assert sass.early_writes(code(PRODUCT, SCORES, "WARPGROUP.DEPBAR.LE gsb0, 0x2", write)) == [bare]
+    assert sass.early_writes(code(SCORES, PRODUCT, "WARPGROUP.DEPBAR.LE gsb0, 0x1", write)) == [bare]
+    assert sass.early_writes(code(PRODUCT, SCORES, "WARPGROUP.DEPBAR.LE gsb0, 0x1", write)) == []
+    assert sass.early_writes(code(PRODUCT, WAIT, write)) == []
+    assert sass.early_writes(code(write, PRODUCT, WAIT)) == []
+
+
+@pytest.mark.parametrize("other", READS)
+def test_reading_an_operand_in_flight_is_fine(other):
+    assert sass.early_writes(code(PRODUCT, other)) == []
 
 
 def test_a_compiler_that_dies_is_reported():
