@@ -81,18 +81,28 @@ class Splicer:
             readers = list(place.users)
             if not all(r.target is operator.getitem and isinstance(r.args[1], int) for r in readers):
                 raise Rejected(Reason.OPAQUE, f"the results of '{place.name}' are used as a whole")
+            self._settle_layout(emit, spec)
             replaced = [(r, emit.materialise(outputs[r.args[1]])) for r in readers if outputs[r.args[1]] is not None]
         elif outputs is None:
             raise Rejected(Reason.OPAQUE, f"what '{place.name}' returns is not understood")
         else:
-            if outputs is spec.result and _needs_layout_of(spec.result, place, result, self.mode):
-                result = emit.values[spec.result] = emit.call(
-                    aten.clone.default, result, memory_format=torch.contiguous_format
-                )
+            if outputs is not spec.result or _depends_on_strides(place, fake_value(result), self.mode):
+                self._settle_layout(emit, spec)
             replaced = [(place, emit.materialise(outputs))]
         for old, new in replaced:
             old.replace_all_uses_with(new, propagate_meta=False)
         self._removed.add(place)
+
+    def _settle_layout(self, emit: "_Emitter", spec: AttentionSpec) -> None:
+        """Let the result lie in memory as that of the user's code does, on which what follows may depend."""
+        result, old = emit.values[spec.result], spec.result.meta["val"].stride()
+        if fake_value(result).stride() != old:
+            order = sorted(range(len(old)), key=lambda axis: -old[axis])
+            back = [order.index(axis) for axis in range(len(old))]
+            dense = emit.call(
+                aten.clone.default, emit.call("permute", result, *order), memory_format=torch.contiguous_format
+            )
+            emit.values[spec.result] = emit.call("permute", dense, *back)
 
     def finish(self) -> None:
         """Remove what the attentions left without a use. Nothing that writes in place outside them is touched."""
@@ -463,14 +473,6 @@ def _restore(emit: _Emitter, out: Node, spec: AttentionSpec) -> Node:
 # Methods that only move axes; after them, ones that make a tensor of their own strides.
 _MOVES = ("transpose", "permute", "unsqueeze", "squeeze", "view", "expand", "swapaxes", "movedim", "unflatten")
 _SETTLES = ("contiguous", "reshape", "flatten")
-
-
-def _needs_layout_of(result: Node, place: Node, new: Node, mode: Any) -> bool:
-    """Whether the user's code depends on the strides of the product that is being replaced."""
-    old, value = result.meta["val"], fake_value(new)
-    if old.stride() == value.stride():
-        return False
-    return _depends_on_strides(place, value, mode)
 
 
 def _depends_on_strides(node: Node, value: torch.Tensor, mode: Any) -> bool:

@@ -24,11 +24,11 @@ def tensors(out):
     return [out] if isinstance(out, torch.Tensor) else [t for x in out if x is not None for t in tensors(x)]
 
 
-def compare(model, args, kwargs, train):
+def compare(model, args, kwargs, train, target="auto"):
     """The sites found, after comparing results and, in training, the gradient of every parameter."""
     model.train(train)
     with torch.set_grad_enabled(train):
-        compiled, report = fuse(model)
+        compiled, report = fuse(model, target=target)
         ours, eager = tensors(compiled(*args, **kwargs)), tensors(model(*args, **kwargs))
     torch.testing.assert_close(ours, eager, atol=2e-5, rtol=1e-4, equal_nan=True)
     if train:
@@ -48,13 +48,14 @@ MASKS = {
 }
 
 
+@TARGETS
 @TRAIN
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("masks", MASKS)
-def test_multihead_attention(masks, batch_first, train):
+def test_multihead_attention(masks, batch_first, train, target):
     x = torch.randn(N, L, E) if batch_first else torch.randn(L, N, E)
     mha = nn.MultiheadAttention(E, HEADS, batch_first=batch_first)
-    sites = compare(mha, (x, x, x), {"need_weights": False, **MASKS[masks]}, train)
+    sites = compare(mha, (x, x, x), {"need_weights": False, **MASKS[masks]}, train, target)
     assert [s.status for s in sites] == ["fused"]
     if masks == "is_causal":
         assert sites[0].mask == "causal"
