@@ -80,10 +80,14 @@ class Capture:
 _HALVES = (torch.bfloat16, torch.float16)
 
 
-class _Autocast(TorchFunctionMode):
-    """Makes the casts of autocast visible: a trace from before autograd is from before autocast too, and enters none.
+class _Visible(TorchFunctionMode):
+    """Makes visible what a functional trace from before autograd leaves out.
 
-    Only those to 16 bits matter here, of the products; what autocast keeps in fp32 the matcher reads as it stands.
+    The casts of autocast: the trace is from before autocast too, and enters none. Only those to 16 bits matter here, of
+    the products; what autocast keeps in fp32 the matcher reads as it stands.
+
+    That dropout returns its own input where it drops nothing, else a tensor that may be written to: torch freezes what
+    it returns in such a trace, and a write to it later would raise.
     """
 
     _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "mm", "addmm", "einsum", "linear"}
@@ -101,9 +105,20 @@ class _Autocast(TorchFunctionMode):
             self._entered.append((device_type, dtype, enabled))
         elif name == "_exit_autocast":
             self._entered.pop()
+        elif name == "dropout":
+            return self._dropout(func, args, kwargs)
         elif name in self._PRODUCTS:
             args, kwargs = pytree.tree_map_only(torch.Tensor, self._cast, (args, kwargs))
         return func(*args, **kwargs)
+
+    def _dropout(self, func: Any, args: tuple, kwargs: dict) -> torch.Tensor:
+        """torch.dropout(input, p, train) or torch.nn.functional.dropout(input, p, training, inplace)."""
+        given = dict(zip(("input", "p", "training", "inplace"), args)) | kwargs
+        if given.get("inplace"):
+            return func(*args, **kwargs)
+        if not given.get("train", given.get("training", True)) or given.get("p") == 0:
+            return given["input"]
+        return func(*args, **kwargs).clone()
 
     def _cast(self, x: torch.Tensor) -> torch.Tensor:
         kind = x.device.type
@@ -132,7 +147,7 @@ class _Recorder(torch.fx.Interpreter):
         """Run with the values of the module's own tensors after those of the graph inputs."""
         count = len(args) - len(self._attributes)
         self._attributes = dict(zip(self._attributes, args[count:], strict=True))
-        with _Autocast():
+        with _Visible():
             return self.run(*args[:count])
 
     def get_attr(self, target: str, args: tuple, kwargs: dict) -> Any:

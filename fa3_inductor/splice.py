@@ -78,11 +78,13 @@ class Splicer:
         outputs = self.capture.outputs(place)
         result = emit.values[spec.result]
         if isinstance(outputs, tuple):
-            readers = list(place.users)
+            dead = {r: _dead_code(r) for r in place.users}
+            readers = [r for r in place.users if dead[r] is None]
             if not all(r.target is operator.getitem and isinstance(r.args[1], int) for r in readers):
                 raise Rejected(Reason.OPAQUE, f"the results of '{place.name}' are used as a whole")
             self._settle_layout(emit, spec)
             replaced = [(r, emit.materialise(outputs[r.args[1]])) for r in readers if outputs[r.args[1]] is not None]
+            self._removed.update(n for nodes in dead.values() if nodes is not None for n in nodes)
         elif outputs is None:
             raise Rejected(Reason.OPAQUE, f"what '{place.name}' returns is not understood")
         else:
@@ -127,6 +129,19 @@ def _is_plain(mask: Mask) -> bool:
     return mask.window_left is None and mask.window_right in (None, 0)
 
 
+def _dead_code(node: Node) -> set[Node] | None:
+    """``node`` and everything computed from it, if none of that is of any use; the capture has left it out then."""
+    found, pending = set(), [node]
+    while pending:
+        node = pending.pop()
+        if node.op == "output" or may_write(node):
+            return None
+        if node not in found:
+            found.add(node)
+            pending += node.users
+    return found
+
+
 class _Emitter:
     """Adds nodes to the Dynamo graph before one place, with fake values, and can take them out again."""
 
@@ -162,6 +177,8 @@ class _Emitter:
         """A node of the Dynamo graph that computes the captured ``value``, at this place."""
         if value in self.values:
             return self.values[value]
+        if value._erased:
+            raise Rejected(Reason.OPAQUE, f"'{value.name}' leads to nothing and was not captured")
         held = self.capture.find(value, self.place)
         if held is None:
             held = self._compute_again(value)

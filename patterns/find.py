@@ -420,6 +420,8 @@ def _check_interior(nodes: tuple[Node, ...], softmax: Node) -> None:
     chain = {*nodes, softmax}
     for node in nodes:
         for user in users_of(node):
+            if packet(user) is aten.type_as and user.args[0] is not node:
+                continue  # asks for the dtype alone
             if user not in chain:
                 what = "returned" if user.op == "output" else f"used by '{user.name}' ({user.target})"
                 raise Rejected(Reason.SCORES_USED, f"'{node.name}' is {what}")
