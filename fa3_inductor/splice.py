@@ -16,10 +16,11 @@ from torch.fx import Node
 
 from . import ops, tracing  # noqa: F401  (registers fa3::attention)
 from .capture import Capture, may_write
+from .patterns.indices import size_expr
 from .patterns.layouts import NO_GRAD, argument, packet
 from .patterns.masks import Mask
 from .patterns.reasons import Reason
-from .patterns.spec import AttentionSpec, Empty, Operand, Rejected, Term, TermKind
+from .patterns.spec import AttentionSpec, Empty, Operand, Rejected, Repeat, Term, TermKind
 from .plan import Plan, seqlen_offset
 
 aten = torch.ops.aten
@@ -222,12 +223,15 @@ class _Emitter:
     def operand(self, operand: Operand) -> Node:
         """The operand in its canonical 4-D form, as a view wherever strides allow."""
         x = self.materialise(operand.node)
-        shape = operand.node.meta["val"].shape
+        if operand.shape is not None:
+            x = self._split_axes(x, operand.node.meta["val"].shape, operand.shape)
+        shape = fake_value(x).shape
         if len(shape) == 4 and all(g in ((i,), ()) for i, g in enumerate(operand.groups)):
             if all(g or is_one(shape[i]) for i, g in enumerate(operand.groups)):
                 return x
         axes = list(range(len(shape)))
-        wanted = [a for group in operand.groups for a in group]
+        members = [a for group in operand.groups for a in group]
+        wanted = [a for a in members if not isinstance(a, Repeat)]
         for axis in reversed(range(len(shape))):
             if axis not in wanted:
                 x = self.call("select", x, axis, 0)
@@ -235,12 +239,35 @@ class _Emitter:
         order = [axes.index(a) for a in wanted]
         if order != sorted(order):
             x = self.call("permute", x, *order)
+        for position, member in enumerate(members):
+            if isinstance(member, Repeat):
+                if not member.size.is_number:
+                    raise Rejected(Reason.LAYOUT, f"'{operand.node.name}' would be repeated a symbolic number of times")
+                x = self.call("unsqueeze", x, position)
+                sizes = [-1] * len(fake_value(x).shape)
+                sizes[position] = int(member.size)
+                x = self.call("expand", x, *sizes)
         for position, group in reversed(list(enumerate(operand.groups))):
             start = sum(len(g) for g in operand.groups[:position])
             if not group:
                 x = self.call("unsqueeze", x, start)
             elif len(group) > 1:
                 x = self.call("flatten", x, start, start + len(group) - 1)
+        return x
+
+    def _split_axes(self, x: Node, old: torch.Size, new: tuple[sympy.Expr, ...]) -> Node:
+        """A view of x with every axis that became several of ``new`` as these."""
+        position = len(new)
+        for axis in reversed(range(len(old))):
+            size, parts = size_expr(old[axis]), []
+            while sympy.expand(sympy.Mul(*parts) - size) != 0 or not parts:
+                position -= 1
+                parts.insert(0, new[position])
+            if len(parts) > 1:
+                sizes = [int(part) if part.is_number else -1 for part in parts]
+                if sizes.count(-1) > 1:
+                    raise Rejected(Reason.LAYOUT, "two symbolic sizes share one axis")
+                x = self.call("unflatten", x, axis, tuple(sizes))
         return x
 
     def size(self, x: Node, dim: int) -> Any:

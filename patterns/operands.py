@@ -7,11 +7,11 @@ import torch
 from torch.fx import Node
 
 from .algebra import Algebra, Opaque
-from .indices import Index, Space, broadcast_index, shape_exprs
+from .indices import ONE, ZERO, Index, Space, broadcast_index, shape_exprs
 from .layouts import LAYOUT_OPS, NO_GRAD, layout_step, packet, rank, tensor, users_of
 from .masks import Axes
 from .reasons import Reason
-from .spec import Operand, Rejected
+from .spec import Operand, Rejected, Repeat
 
 aten = torch.ops.aten
 
@@ -103,25 +103,45 @@ class Roles:
         d = space.symbol(d_name, head_dim_v)
         return Roles(space, tuple(named[:1]), tuple(named[1:]), axes.q, axes.k, d, e, head_dim, head_dim_v)
 
-    def group(self, node: Node, index: Index, row: sympy.Expr, column: sympy.Expr) -> Operand | None:
-        """``node`` read at ``index`` as canonical axes (batch, heads, row, column), whole ones; else None."""
+    def group(
+        self, node: Node, index: Index, row: sympy.Expr, column: sympy.Expr, repeats: bool = False
+    ) -> Operand | None:
+        """``node`` read at ``index`` as canonical axes (batch, heads, row, column), whole ones; else None.
+
+        With ``repeats``, axes of the batch and of the heads that it lacks beside others that it has are repeated.
+        """
         positions: dict[sympy.Expr, int] = {}
         grouped: tuple[int, ...] | None = None
-        for position, (entry, size) in enumerate(zip(index, shape_exprs(tensor(node)), strict=True)):
+        shape = shape_exprs(tensor(node))
+        axes = [part for axis in zip(index, shape, strict=True) for part in self._parts(*axis)]
+        for position, (entry, size) in enumerate(axes):
             if entry == 0:
                 continue
             if entry in positions or not self._is_whole(entry, size):
                 return None
             positions[entry] = position
-        batch = self._axis(positions, self.batch)
-        heads = self._axis(positions, self.heads)
+        batch = self._axis(positions, self.batch, repeats)
+        heads = self._axis(positions, self.heads, repeats)
         if heads is None and len(self.heads) == 1:
             grouped = self._grouped(positions)
             heads = grouped
         rows, columns = self._single(positions, row), self._single(positions, column)
         if batch is None or heads is None or positions:
             return None
-        return Operand(node, (batch, heads, rows, columns))
+        view = tuple(size for _, size in axes)
+        return Operand(node, (batch, heads, rows, columns), None if len(view) == len(shape) else view)
+
+    def _parts(self, entry: sympy.Expr, size: sympy.Expr) -> list[tuple[sympy.Expr, sympy.Expr]]:
+        """The (index, size) of each batch and head axis that an axis is made of, if of several whole ones."""
+        named = [(self.space.symbol(n, s), s) for n, s in (*self.batch, *self.heads) if s != 1]
+        for start in range(len(named)):
+            linear, count = ZERO, ONE
+            for stop in range(start, len(named)):
+                symbol, extent = named[stop]
+                linear, count = linear * extent + symbol, count * extent
+                if stop > start and sympy.expand(linear - entry) == 0 and sympy.expand(count - size) == 0:
+                    return named[start : stop + 1]
+        return [(entry, size)]
 
     def _is_whole(self, entry: sympy.Expr, size: sympy.Expr) -> bool:
         """Whether an index runs over all of an axis: a longer one is a slice of it."""
@@ -134,13 +154,15 @@ class Roles:
         return (positions.pop(symbol),) if symbol != 0 and symbol in positions else ()
 
     def _axis(
-        self, positions: dict[sympy.Expr, int], axis: tuple[tuple[str, sympy.Expr], ...]
-    ) -> tuple[int, ...] | None:
+        self, positions: dict[sympy.Expr, int], axis: tuple[tuple[str, sympy.Expr], ...], repeats: bool
+    ) -> tuple[int | Repeat, ...] | None:
         """Positions of the symbols of one canonical axis: all of them, a leading part (grouped), or none."""
         symbols = [self.space.symbol(n, size) for n, size in axis]
         symbols = [s for s in symbols if s != 0]
         present = [s in positions for s in symbols]
         count = sum(present)
+        if repeats and 0 < count < len(symbols):
+            return tuple(positions.pop(s) if s in positions else Repeat(self.space.size(s)) for s in symbols)
         if any(present[count:]):
             return None
         if count == 0 and symbols and any(e.free_symbols & {s for s in symbols} for e in positions):
@@ -159,7 +181,7 @@ class Roles:
         return None
 
     def heads_of(self, operand: Operand) -> sympy.Expr:
-        shape = shape_exprs(tensor(operand.node))
+        shape = operand.shape or shape_exprs(tensor(operand.node))
         return sympy.Mul(*[shape[i] for i in operand.groups[1]])
 
 

@@ -25,15 +25,25 @@ class Rejected(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
+class Repeat:
+    """An axis that a tensor does not have, of this size: it is the same all along it."""
+
+    size: sympy.Expr
+
+
+@dataclasses.dataclass(frozen=True)
 class Operand:
     """A tensor of the captured graph, and how its axes become those of the canonical 4-D form.
 
     ``groups[i]`` lists the axes of ``node`` that, flattened in this order, are canonical axis ``i``; an empty group is
-    an axis of size one. Axes of ``node`` in no group have size one or are read at position 0.
+    an axis of size one. Axes of ``node`` in no group have size one or are read at position 0. Where ``node`` has axes
+    in one that belong to several canonical ones (batch and heads in [B * H, S, D]), ``shape`` is what it has to be
+    viewed as first, and the axes are those of that view. A mask or bias may lack some of the axes of a group.
     """
 
     node: Node
-    groups: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[int | Repeat, ...], ...]
+    shape: tuple[sympy.Expr, ...] | None = None
 
 
 class Empty(enum.Enum):

@@ -139,7 +139,7 @@ def side_operand(space: Space, node: Node, index: Index, roles: Roles) -> Operan
     found = None
     step: tuple[Node, Index] | None = (node, index)
     while step is not None:
-        operand = roles.group(*step, roles.q, roles.k)
+        operand = roles.group(*step, roles.q, roles.k, repeats=True)
         if operand is not None and len(operand.groups[1]) in (0, len([1 for _, s in roles.heads if s != 1])):
             if not any(isinstance(e, sympy.floor) for e in step[1]):
                 found = operand

@@ -554,6 +554,30 @@ def detached_scores(q, k, v):
     return (q @ k.mT * 0.25).detach().softmax(-1) @ v
 
 
+@form(
+    "causal & key padding[b, k]",
+    args=lambda: [torch.randn(S, B, H * D) for _ in "qkv"] + [torch.arange(S) >= torch.tensor([[S - 4], [S]])],
+)
+def heads_in_the_batch(q, k, v, padding):
+    """PyTorch's own nn.MultiheadAttention, with the weights asked for."""
+    q, k, v = (x.view(S, B * H, D).transpose(0, 1) for x in (q, k, v))
+    padding = padding.view(B, 1, 1, S).expand(-1, H, -1, -1)
+    hidden = torch.zeros(B, H, 1, S, dtype=q.dtype, device=q.device).masked_fill(padding, INF).reshape(B * H, 1, S)
+    later = torch.ones(S, S, dtype=torch.bool, device=q.device).triu(1)
+    mask = hidden + torch.zeros(S, S, dtype=q.dtype, device=q.device).masked_fill(later, INF)
+    out = torch.bmm(torch.baddbmm(mask, q * 0.25, k.transpose(1, 2)).softmax(-1), v)
+    return out.transpose(0, 1).reshape(S, B, H * D)
+
+
+@form("bias", args=lambda: [*torch.randn(3, 2 * B, H, S, D).unbind(), torch.randn(H, S, S), torch.rand(2, S, S) > 0.3])
+def shifted_windows(q, k, v, bias, together):
+    """Swin: a bias for each head, and a mask for each window, of which the batch is made."""
+    scores = q @ k.mT * 0.25 + bias[None]
+    apart = torch.zeros(2, S, S, dtype=q.dtype, device=q.device).masked_fill(~together, -100.0)
+    scores = scores.view(B, 2, H, S, S) + apart[None, :, None]
+    return scores.view(2 * B, H, S, S).softmax(-1) @ v
+
+
 @form("full")
 def negative_scale(q, k, v):
     return (q @ k.mT / -4).softmax(-1) @ v
