@@ -305,7 +305,11 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
     by_window = all(t.window is not None for t in spec.terms)
     if plan.target == "sdpa":
         by_window = by_window and _is_plain(spec.mask)
-        shaped = _Shaped(q, None, None, None) if by_window else _shape_scores(emit, spec, plan, q, spec.terms)
+        shaped = (
+            _Shaped(q, None, None, None)
+            if by_window
+            else _shape_scores(emit, spec, plan, q, spec.terms, plan.empty not in (Empty.IMPOSSIBLE, Empty.ZERO))
+        )
         q, bias, mask, row_seen = shaped
         if bias is not None and mask is not None:
             mask = emit.call(torch.where, mask, bias, -math.inf)
@@ -326,9 +330,10 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
     else:
         exact = plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO)
         biased = any(t.kind is TermKind.BIAS for t in spec.terms) or plan.empty is Empty.AS_WRITTEN
-        # Where a row is empty, what a bias makes of it depends on every term of the user's sum.
-        as_tensors = spec.terms if biased and not exact else tuple(t for t in spec.terms if t.window is None)
-        q, bias, mask, row_seen = _shape_scores(emit, spec, plan, q, as_tensors)
+        # Where a row is empty or so low that its scores are lost, a bias makes of it what all of the user's sum says.
+        whole = biased and (emit.trains or not exact)
+        as_tensors = spec.terms if whole else tuple(t for t in spec.terms if t.window is None)
+        q, bias, mask, row_seen = _shape_scores(emit, spec, plan, q, as_tensors, whole)
         left = right = None
         if as_tensors is not spec.terms or by_window:
             left = _window_edge(emit, spec, spec.mask.window_left, -1, q, k)
@@ -387,7 +392,10 @@ class _Shaped(NamedTuple):
     row_seen: Node | None
 
 
-def _shape_scores(emit: _Emitter, spec: AttentionSpec, plan: Plan, q: Node, terms: tuple[Term, ...]) -> _Shaped:
+def _shape_scores(
+    emit: _Emitter, spec: AttentionSpec, plan: Plan, q: Node, terms: tuple[Term, ...], lifts: bool
+) -> _Shaped:
+    """``terms`` as one sum and one condition; with ``lifts``, rows of very low sums are lifted."""
     bias = mask = None
     as_written = plan.empty is Empty.AS_WRITTEN
     for term in terms:
@@ -410,7 +418,7 @@ def _shape_scores(emit: _Emitter, spec: AttentionSpec, plan: Plan, q: Node, term
         needs_rows = plan.empty not in (Empty.IMPOSSIBLE, Empty.ZERO)
         seen = emit.call("any", mask, -1, keepdim=True) if mask is not None and needs_rows else None
         return _Shaped(q, None, mask, seen)
-    if plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO):
+    if not lifts:
         return _Shaped(q, _as_mask_dtype(emit, spec, plan, bias, q), mask, None)
     masked = emit.call("detach", bias if mask is None else emit.call(torch.where, mask, bias, -math.inf))
     top = emit.call("amax", masked, -1, keepdim=True)
