@@ -133,7 +133,7 @@ class Roles:
 
     def _parts(self, entry: sympy.Expr, size: sympy.Expr) -> list[tuple[sympy.Expr, sympy.Expr]]:
         """The (index, size) of each batch and head axis that an axis is made of, if of several whole ones."""
-        named = [(self.space.symbol(n, s), s) for n, s in (*self.batch, *self.heads) if s != 1]
+        named = [(self.space.symbol(n, s), s) for n, s in (*self.batch, *self.heads) if s not in (0, 1)]
         for start in range(len(named)):
             linear, count = ZERO, ONE
             for stop in range(start, len(named)):
