@@ -41,7 +41,7 @@ def _attention(q, k, v, bias, mask, scale, window_left, window_right, target, so
 
         return attention_forward(
             q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap,
-            sinks=sinks,
+            sinks=None if sinks is None else sinks.contiguous(),
         )  # fmt: skip
     _check(q, k, v, bias, mask, target)
     out, lse = attention_reference(
@@ -159,7 +159,9 @@ def _fused_backward(dout, q, k, v, out, lse, scale, window_left, window_right) -
         window_right = None
     # cuDNN where its mask (causal from the top left) is the one, else FlashAttention-2 (windows from the bottom right).
     # Causal, 16 heads of 128, 8192 positions, on an H200: 484 TFLOP/s against 290.
-    if window_left is None and (window_right is None or (window_right == 0 and seqlen_q == seqlen_k)):
+    is_cudnns = window_left is None and (window_right is None or (window_right == 0 and seqlen_q == seqlen_k))
+    head_dims = q.shape[3], v.shape[3]
+    if is_cudnns and seqlen_k > 1 and (head_dims[0] == head_dims[1] or head_dims == (192, 128)):
         grads = _cudnn_backward(dout, q, k, v, out, lse, scale, window_right is not None)
         pairs = zip(grads, _grads(q, k, v))
         return tuple(grad if grad.stride() == empty.stride() else empty.copy_(grad) for grad, empty in pairs)
@@ -176,10 +178,11 @@ def _fused_backward(dout, q, k, v, out, lse, scale, window_left, window_right) -
 def _visible_blocks(
     seqlen_q: int, seqlen_k: int, window_left: int | None, window_right: int | None
 ) -> Iterator[tuple[slice, slice, int | None, int | None]]:
-    """The rows that see any key, in at most two blocks, each with the keys that it sees and its own window.
+    """The rows that see any key, in at most three blocks, each with the keys that it sees and its own window.
 
     These windows are FlashAttention-2's: counted from the bottom right corner, neither side negative, and the right
-    side 0 or unbounded (it takes one of seqlen_k or more for unbounded, which is wrong for more queries than keys).
+    side 0 or unbounded. (It takes one of seqlen_k or more for unbounded, and an unbounded one beside a bounded one for
+    seqlen_k, which are wrong for more queries than keys.)
     """
     left = seqlen_q if window_left is None else window_left
     right = seqlen_k if window_right is None else window_right
@@ -187,10 +190,11 @@ def _visible_blocks(
     if left + right < 0 or start >= stop:
         return
     edge = min(max(seqlen_k - right, start), stop)  # from here on rows see the last key
-    for first, last in ((start, edge), (edge, stop)):
+    middle = min(max(left + 1, edge), stop)  # until here rows see the first key
+    for first, last in ((start, edge), (edge, middle), (middle, stop)):
         if first < last:
             keys = slice(max(0, first - left), min(seqlen_k, last + right))
-            from_corner = None if window_left is None else window_left + keys.stop - last
+            from_corner = None if last - 1 <= left else left + keys.stop - last
             yield slice(first, last), keys, from_corner, 0 if last <= edge else None
 
 

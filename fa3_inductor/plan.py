@@ -74,6 +74,8 @@ def _not_on_hopper(spec: AttentionSpec, tensors: dict[str, torch.Tensor], trains
         return " and ".join(sorted(kinds)) + " as an operand, in training"
     if trains and spec.softcap is not None:
         return "a soft cap in training"
+    if spec.softcap is not None and spec.softcap > 1e3:
+        return f"a soft cap of {spec.softcap:g}, at which tanh is not precise enough"
     if spec.dropout_p:
         return "dropout"
     for name, edge, slope in (("left", spec.mask.window_left, -1), ("right", spec.mask.window_right, 1)):

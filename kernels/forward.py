@@ -99,7 +99,8 @@ def supports(q_shape, k_shape, v_shape, dtype, *, scale=1.0) -> str | None:
             return f"the Hopper kernel has head_dim 8, 16, ... {MAX_HEAD_DIM}, not {size}"
     if k_shape[3] != q_shape[3]:
         return f"the Hopper kernel has one head_dim for q and k, not {q_shape[3]} and {k_shape[3]}"
-    if k_shape[1] != v_shape[1] or q_shape[1] % k_shape[1] != 0:
+    heads = (q_shape[1], k_shape[1], v_shape[1])  # symbolic ones are checked when the kernel is called
+    if all(isinstance(n, int) for n in heads) and (k_shape[1] != v_shape[1] or q_shape[1] % k_shape[1] != 0):
         return f"{k_shape[1]} key and {v_shape[1]} value heads do not divide {q_shape[1]} query heads evenly"
     if not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
         return f"the Hopper kernel needs a positive scale that is known at compile time, not {scale}"
@@ -150,7 +151,8 @@ def attention_forward(
             if not all(map(is_addressable, (q, k, v))):
                 return attention_forward(*map(addressable, (q, k, v)), **options)
             if call is None:
-                if len(_calls) >= _MAX_CALLS:
+                if len(_calls) >= _MAX_CALLS and not _is_capturing(q):
+                    torch.cuda.synchronize()  # a kernel may still read its list of tiles
                     _calls.clear()
                 _calls[key] = _prepare(q, k, v, **options)
             return attention_forward(q, k, v, **options)
@@ -237,6 +239,8 @@ def launch_arguments(
     tile = tile or tile_for(head_dim, head_dim_v, has_left or has_right, seqlen_q, bool(program.terms))
     left = max(window_left, -seqlen_k) if has_left else None
     right = max(window_right, -seqlen_q) if has_right else None
+    if has_left and has_right and left + right < 0:
+        right = -seqlen_q  # nothing is visible, so that every consumer has the same one tile, all of it masked
     tile_m = tile.consumers * ROWS
     m_tiles, heads = -(-seqlen_q // tile_m), batch * q_heads
     ctas = min(heads * m_tiles, sm_count or _sm_count(q.device))

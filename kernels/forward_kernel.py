@@ -542,27 +542,35 @@ def forward_kernel(
         work, window, scale,
     )  # fmt: skip
     SINKS: gl.constexpr = sinks_ptr is not None
-    how: gl.constexpr = (
-        BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY, SCALED
-    )  # fmt: skip
+    # Spelled out: triton 3.9 adds no tuples that hold None.
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (consume, 0) + how),
-                (_consume, (consume, 1) + how),
+                (_consume, (
+                    consume, 0, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY, SCALED
+                )),
+                (_consume, (
+                    consume, 1, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY, SCALED
+                )),
                 (_produce, (produce, BLOCK_N, 2, STAGES, LEFT, RIGHT)),
             ],
             [4, 1],
             [CONSUMER_REGS, PRODUCER_REGS],
-        )
+        )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (_consume, (consume, 0) + how),
-                (_consume, (consume, 1) + how),
-                (_consume, (consume, 2) + how),
+                (_consume, (
+                    consume, 0, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY, SCALED
+                )),
+                (_consume, (
+                    consume, 1, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY, SCALED
+                )),
+                (_consume, (
+                    consume, 2, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY, SCALED
+                )),
                 (_produce, (produce, BLOCK_N, 3, STAGES, LEFT, RIGHT)),
             ],
             [4, 4, 1],
             [CONSUMER_REGS, CONSUMER_REGS, PRODUCER_REGS],
-        )
+        )  # fmt: skip

@@ -1,5 +1,6 @@
 """Facts read from a kernel's machine code (what nvdisasm prints for sm_90a)."""
 
+import collections
 import re
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ _READS_ONLY = (
     "DEPBAR",
     "FCHK",
 )
+_PRODUCTS_OF_A_LOOP = 8
 _A_REGISTERS = 4  # of a thread, for the 64 x 16 left operand of 16-bit numbers
 
 
@@ -52,9 +54,16 @@ def loop_spills(code: Code) -> int:
     for end, text in enumerate(code.instructions):
         branch = _BRANCH.match(text)
         start = code.labels.get(branch.group(1), end + 1) if branch else end + 1
-        if start <= end and any(t.startswith("HGMMA") for t in code.instructions[start:end]):
+        if start <= end:
             loops.append((start, end))
-    innermost = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
+    products = [i for i, text in enumerate(code.instructions) if text.startswith("HGMMA")]
+    around = collections.Counter(
+        min((b - a, a, b) for a, b in loops if a <= i <= b)[1:] for i in products if any(a <= i <= b for a, b in loops)
+    )
+    # The retries of waits lie at the very end and jump back from there. What they span is no loop, though it may be the
+    # shortest around the few products of an epilogue; a KV loop has those of two matrix products, each of several.
+    around = {loop: count for loop, count in around.items() if count >= _PRODUCTS_OF_A_LOOP}
+    innermost = [(a, b) for a, b in around if not any((c, d) != (a, b) and a <= c and d <= b for c, d in around)]
     return sum(text.startswith(("LDL", "STL")) for a, b in innermost for text in code.instructions[a:b])
 
 

@@ -99,7 +99,7 @@ def _load_source(program: ScoreProgram) -> str:
     for n, term in enumerate(program.terms):
         index = [f"operands[{n}][{sum(term.axes[:i]) + 1}]" for i in range(4)]
         if term.aligned:  # what Triton knows of a kernel's arguments it does not know of a partition's
-            index = [f"({i} * {ALIGNED})" for i in index[:3]] + ["1"]
+            index[:3] = [f"({i} * {ALIGNED})" for i in index[:3]]
             lines.append(f"    at = gl.multiple_of(operands[{n}][0], {ALIGNED})")
         else:
             lines.append(f"    at = operands[{n}][0]")
@@ -113,7 +113,8 @@ def _load_source(program: ScoreProgram) -> str:
             lines.append(f"    t{n} = gl.load(at)")
             continue
         suffix = "[None, :]" if term.axes[2] else ""
-        lines.append(f"    at = at + (columns * {index[3]}){suffix}")
+        columns = "columns" if term.aligned else f"columns.to(gl.int64) * {index[3]}"
+        lines.append(f"    at = at + ({columns}){suffix}")
         lines.append("    if BOUNDED:")
         lines.append(f"        t{n} = gl.load(at, mask=(columns < seqlen_k){suffix}, other=0)")
         lines.append("    else:")

@@ -69,6 +69,8 @@ def prove(space: Space, condition: Boolean, axes: Axes) -> Mask:
         window_left = None
     if window_right is not None and is_nonnegative(window_right - (axes.seqlen_k - 1)):
         window_right = None
+    if window_left is not None and window_right is not None and is_nonnegative(-1 - window_left - window_right):
+        return Mask(None, None, (), nothing_visible=True)
     return Mask(window_left, window_right, tuple(rest))
 
 

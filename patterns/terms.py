@@ -6,7 +6,7 @@ from torch.fx import Node
 
 from .algebra import Algebra, leaves, to_number
 from .indices import Index, Space
-from .layouts import NO_GRAD, layout_step, packet
+from .layouts import NO_GRAD, layout_step, packet, tensor
 from .masks import FULL, Axes, Mask, no_row_is_empty, prove
 from .operands import Roles, widens
 from .reasons import Reason
@@ -104,6 +104,8 @@ def read_sink(space: Space, sink: tuple[Node, Index], roles: Roles) -> Operand:
         if operand is not None:
             batch, heads, rows, columns = operand.groups
             if ((batch, rows, columns), len(heads)) == heads_only:
+                if not tensor(step[0]).dtype.is_floating_point:
+                    break
                 return operand
         node, index = step
         if node.meta.get(NO_GRAD):

@@ -39,7 +39,7 @@ def test_a_good_report_breaks_no_rule():
             dict(early_writes=["MOV R1, R2"]),
             "'MOV R1, R2' writes to an operand of a matrix product in flight (triton-lang/triton#11781)",
         ),
-        (dict(loop_spills=5), "5 accesses to spilled registers in a loop of matrix products"),
+        (dict(loop_spills=9), "9 accesses to spilled registers in a loop of matrix products"),
         (dict(shared_bytes=240_000), "240000 bytes of shared memory"),
         (dict(counts={"UTMALDG": 6, "UTMASTG": 2, "USETMAXREG": 4}), "no HGMMA"),
         (dict(warnings=["C7510: wgmma serialized"]), "C7510: wgmma serialized"),
@@ -62,9 +62,13 @@ PRODUCT = "HGMMA.64x64x16.F32.BF16 R88, R24, gdesc[UR8].tnspB, R88, gsb0"
 
 def test_spills_are_counted_in_loops_of_matrix_products():
     store, load, jump = "STL [R1], R0", "LDL R0, [R1]", "@P0 BRA `(.L_x_1)"
-    assert sass.loop_spills(code(store, ".L_x_1:", PRODUCT, load, jump)) == 1
-    assert sass.loop_spills(code(store, ".L_x_1:", PRODUCT, jump, load)) == 0
-    assert sass.loop_spills(code(".L_x_1:", store, jump, PRODUCT)) == 0
+    products = [PRODUCT] * 8
+    assert sass.loop_spills(code(store, ".L_x_1:", *products, load, jump)) == 1
+    assert sass.loop_spills(code(store, ".L_x_1:", *products, jump, load)) == 0
+    assert sass.loop_spills(code(".L_x_1:", store, jump, *products)) == 0
+    tile = [".L_x_2:", load, ".L_x_1:", *products, load, jump, load, "@P1 BRA `(.L_x_2)"]
+    assert sass.loop_spills(code(*tile)) == 1
+    assert sass.loop_spills(code(*tile, ".L_x_3:", PRODUCT, load, "EXIT", "@!P2 BRA `(.L_x_3)")) == 1
 
 
 WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"

@@ -286,6 +286,9 @@ GRADIENTS = {  # (b, hq, hkv, sq, sk, window_right[, window_left])
     "window-wide": (1, 4, 2, 100, 300, 40, 7),
     "window-bottom-right": (1, 2, 2, 100, 300, 200, -150),
     "left-only": (1, 2, 2, 200, 200, None, 30),
+    "left-tall": (1, 4, 2, 300, 100, None, 250),
+    "window-taller": (1, 2, 2, 300, 50, 0, 290),
+    "nothing": (1, 2, 2, 200, 200, -100, 50),
 }
 
 
