@@ -330,8 +330,8 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
     else:
         exact = plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO)
         biased = any(t.kind is TermKind.BIAS for t in spec.terms) or plan.empty is Empty.AS_WRITTEN
-        # Where a row is empty or so low that its scores are lost, a bias makes of it what all of the user's sum says.
-        whole = biased and (emit.trains or not exact)
+        # Where a row is empty, what a bias makes of it depends on every term of the user's sum.
+        whole = biased and not exact
         as_tensors = spec.terms if whole else tuple(t for t in spec.terms if t.window is None)
         q, bias, mask, row_seen = _shape_scores(emit, spec, plan, q, as_tensors, whole)
         left = right = None
