@@ -335,7 +335,7 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
         as_tensors = spec.terms if whole else tuple(t for t in spec.terms if t.window is None)
         q, bias, mask, row_seen = _shape_scores(emit, spec, plan, q, as_tensors, whole)
         left = right = None
-        if as_tensors is not spec.terms or by_window:
+        if not whole:
             left = _window_edge(emit, spec, spec.mask.window_left, -1, q, k)
             right = _window_edge(emit, spec, spec.mask.window_right, 1, q, k)
         sinks = None if spec.sinks is None else emit.call("reshape", emit.operand(spec.sinks), -1)

@@ -37,17 +37,17 @@ ROWS = ROWS_OF_A_CONSUMER.value
 STAGES = 2  # K tiles, and V tiles, in shared memory
 MAX_HEAD_DIM = 256
 
-# Rows are (largest head_dim, largest head_dim_v, full, windowed): the first that is large enough. Measured on an H200
-# with 16384 tokens of width 2048: at D 64, full, 4096, three consumers in turns give 494 TFLOP/s, without turns 461,
-# and two consumers 433. At D 128, full, turns give 558 against 517 at 1024 and 634 against 642 at 16384; with a causal
-# mask they change nothing.
+# Rows are (largest head_dim, largest head_dim_v, full, windowed): the first that is large enough. Measured on an H100
+# with 16384 tokens of width 2048, TFLOP/s with and without turns at 1024 / 4096 / 16384: D 64 full, three consumers,
+# 411/483/527 and 378/461/510; D 128 full 566/621/670 and 532/626/671, causal 423/581/654 and 396/565/658; D 256 full
+# 562/667/684 and 579/641/713, causal 434/589/655 and 445/595/679.
 TILES = (
     (64, 64, Tile(128, 3, 160, 32, ping_pong=True), Tile(128, 3, 160, 32, ping_pong=True)),
     (128, 128, Tile(128, 2, 240, 24, ping_pong=True), Tile(128, 2, 240, 24, ping_pong=True)),
     (192, 128, Tile(128, 2, 240, 24, shared_o=True), Tile(128, 2, 240, 24, shared_o=True)),
     (256, 256, Tile(64, 2, 240, 24, shared_o=True), Tile(64, 2, 240, 24, shared_o=True)),
 )
-# Up to SHORT query rows the diagonal cuts off too much of a tile of 192: 311 against 266 TFLOP/s at 1024.
+# Up to SHORT query rows the diagonal cuts off too much of a tile of 192: 322 against 258 TFLOP/s at 1024 (same H100).
 SHORT = 1024
 SHORT_TILE = Tile(128, 2, 240, 24)
 # With terms on the scores: their values need registers.
@@ -156,7 +156,7 @@ def attention_forward(
                     _calls.clear()
                 _calls[key] = _prepare(q, k, v, **options)
             return attention_forward(q, k, v, **options)
-    # These two ways to make a tensor take half as long as torch.empty, which has more arguments to take apart.
+    # These two ways to make a tensor take half as long as torch.empty (on a CPU), which has more arguments to read.
     out = q.new_empty_strided(call.out_shape, call.out_stride)
     lse = torch.empty_like(call.lse)
     if call.launch is not None:

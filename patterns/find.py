@@ -12,13 +12,13 @@ from torch.fx import Graph, Node
 from .algebra import Algebra, Opaque
 from .indices import ONE, ZERO, Index, Space, broadcast_index, shape_exprs, size_expr
 from .layouts import LAYOUT_OPS, argument, layout_step, packet, rank, tensor, users_of
-from .masks import Axes, Mask, describe, no_row_is_empty
+from .masks import FULL, Axes, Mask, describe, no_row_is_empty
 from .operands import Roles, choose_operands, peel
 from .products import as_product, is_product
 from .reasons import Reason
 from .scores import Added, Hidden, NotScores, Scores, read_scores
 from .spec import AttentionSpec, Empty, Rejected, Term, TermKind
-from .terms import empty_beside_sink, read_sink, read_terms
+from .terms import empty_beside_sink, hides_by_infinity, read_sink, read_terms
 
 aten = torch.ops.aten
 log = logging.getLogger(__name__)
@@ -490,10 +490,12 @@ def _read_sdpa(algebra: Algebra, node: Node) -> tuple[AttentionSpec, tuple[Node,
         mask = Mask(mask.window_left, ZERO, mask.rest)
     # SDPA defines an empty row of a bool or -inf mask as zeros; a finite one is added as it stands.
     empty = Empty.IMPOSSIBLE if empty is Empty.IMPOSSIBLE and no_row_is_empty(mask, axes) else Empty.ZERO
-    if any(t.kind is TermKind.MASK for t in terms) and empty is not Empty.IMPOSSIBLE:
-        terms = tuple(dataclasses.replace(t, kind=TermKind.BIAS) for t in terms)
-    form = "scaled_dot_product_attention"
     text = describe(mask, axes, space)
+    if empty is not Empty.IMPOSSIBLE and not all(hides_by_infinity(algebra, term) for term in raw):
+        # In a row that it hides all of, a finite mask still weighs its keys: no part of it is a window.
+        terms = tuple(dataclasses.replace(t, kind=TermKind.BIAS, window=None) for t in terms)
+        mask = FULL
+    form = "scaled_dot_product_attention"
     spec = AttentionSpec(
         anchor=node,
         result=node,

@@ -85,6 +85,14 @@ def _check_as_written(raw: tuple[Added | Hidden, ...]) -> None:
                 raise Rejected(Reason.EMPTY_ROWS, "something is added to hidden scores that are not low enough for it")
 
 
+def hides_by_infinity(algebra: Algebra, term: Added | Hidden) -> bool:
+    """Whether all that a term does to the scores is to make some of them -inf."""
+    if isinstance(term, Hidden):
+        return term.fill == -sympy.oo
+    values = [v * term.coefficient for v in leaves(to_number(algebra.value(term.node, term.index)))]
+    return all(v.is_zero or v == -sympy.oo for v in values)
+
+
 def _added_empty(algebra: Algebra, term: Added) -> Empty | None:
     """What an added mask makes of an empty row; None for an offset small enough that softmax sees the scores."""
     values = [v * term.coefficient for v in leaves(to_number(algebra.value(term.node, term.index))) if not v.is_zero]

@@ -6,7 +6,7 @@ import torch
 from fa3_inductor import plan
 
 from . import forms
-from .harness import assert_as_good_as_eager, fuse, run
+from .harness import assert_as_good_as_eager, error, fuse, run
 
 FUSED = [f for f in forms.FORMS if f.reason is None]
 
@@ -72,3 +72,55 @@ def test_rows_that_see_nothing(fn, fill, grads):
     (site,) = report.sites
     assert site.target == ("hopper" if fn is shifted or not grads else "sdpa"), site.verdict
     assert_as_good_as_eager(ours, eager, exact, dtype)
+
+
+def additive(q, fill, shift, padding):
+    """A float mask: `fill` above a diagonal, and once more over padding."""
+    index = torch.arange(q.shape[2])
+    mask = torch.zeros(len(index), len(index), dtype=q.dtype).masked_fill(index > index[:, None] + shift, fill)
+    if padding is not None:
+        over_padding = torch.zeros(2, 1, 1, len(index), dtype=q.dtype).masked_fill(padding[:, None, None], fill)
+        mask = mask + over_padding
+    return mask
+
+
+def two_depths(q, fill, shift, padding):
+    """A float mask that hides some keys more than others."""
+    index = torch.arange(q.shape[2])
+    deeper = torch.where(index > index[:, None] + shift + 4, 2 * fill, fill)
+    mask = torch.where(index > index[:, None] + shift, deeper, 0.0).to(q.dtype)
+    return mask if padding is None else torch.where(padding[:, None, None], 3 * fill, mask).to(q.dtype)
+
+
+def by_sdpa(q, k, v, mask):
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def by_softmax(q, k, v, mask):
+    return (q @ k.mT * 0.25 + mask).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("shift", [-3, 0, 2])
+@pytest.mark.parametrize("fill", [float("-inf"), -1e9, -2e4])
+@pytest.mark.parametrize("attend", [by_sdpa, by_softmax], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("make", [additive, two_depths], ids=lambda f: f.__name__)
+def test_float_masks_that_hide_whole_rows(make, attend, fill, shift, padded):
+    """A finite mask over a whole row leaves its keys their weights, by how deep each of them is hidden."""
+    q, k, v = torch.randn(3, 2, 4, 23, 16).unbind()
+    padding = torch.arange(23) < torch.tensor([[4], [0]]) if padded else None
+
+    def fn(q, k, v, padding):
+        return attend(q, k, v, make(q, fill, shift, padding))
+
+    compiled, report = fuse(fn)
+    dtype = torch.float16 if fill == -2e4 else torch.bfloat16
+    args = [q, k, v, padding]
+    ours, eager, exact = (run(f, args, d, False) for f, d in ((compiled, dtype), (fn, dtype), (fn, torch.float64)))
+    assert [(s.status, s.target) for s in report.sites] == [("fused", "hopper")], [s.verdict for s in report.sites]
+    visible = make(q, -1.0, shift, padding).eq(0).any(-1, keepdim=True).expand_as(exact.out)
+    # Where every key is hidden, a sum in 16 bits may have lost the scores: as eager has it, or as it is exactly.
+    hidden = [x.out[~visible].double() for x in (ours, eager, exact)]
+    assert min(error(hidden[0], hidden[1]), error(hidden[0], hidden[2])) < 2e-2
+    rows = [type(x)(x.out[visible], []) for x in (ours, eager, exact)]
+    assert_as_good_as_eager(*rows, dtype)
