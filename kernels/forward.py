@@ -5,6 +5,7 @@
 
 import functools
 import math
+import threading
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -151,19 +152,17 @@ def attention_forward(
             if not all(map(is_addressable, (q, k, v))):
                 return attention_forward(*map(addressable, (q, k, v)), **options)
             if call is None:
-                if len(_calls) >= _MAX_CALLS and not _is_capturing(q):
-                    torch.cuda.synchronize()  # a kernel may still read its list of tiles
+                if len(_calls) >= _MAX_CALLS:
                     _calls.clear()
                 _calls[key] = _prepare(q, k, v, **options)
             return attention_forward(q, k, v, **options)
-    # These two ways to make a tensor take half as long as torch.empty (on a CPU), which has more arguments to read.
+    # This takes half as long as torch.empty (on a CPU), which has more arguments to read.
     out = q.new_empty_strided(call.out_shape, call.out_stride)
-    lse = torch.empty_like(call.lse)
+    lse = q.new_empty_strided(call.lse_shape, call.lse_stride, dtype=torch.float32)
     if call.launch is not None:
         terms = [x.data_ptr() for x in (bias, mask, sinks) if x is not None] if call.has_terms else ()
         stream = driver.active.get_current_stream(call.device)
-        order = () if call.order is None else (call.order.data_ptr(),)
-        call.launch(stream, q_at, k_at, v_at, out.data_ptr(), lse.data_ptr(), *terms, *order)
+        call.launch(stream, q_at, k_at, v_at, out.data_ptr(), lse.data_ptr(), *terms, *call.order)
     return out, lse
 
 
@@ -177,15 +176,19 @@ _MAX_CALLS = 4096  # by shapes and strides: what a server with ever new lengths 
 
 
 class _Call(NamedTuple):
-    """One problem (shapes, strides, dtypes, scale, window, ...) with everything settled but the addresses."""
+    """One problem (shapes, strides, dtypes, scale, window, ...) with everything settled but the addresses.
+
+    It holds no tensor: `_calls` may outlive a CUDA graph's pool of memory, which a tensor made now may be in.
+    """
 
     launch: launch.Launch | None  # None: there is nothing to compute
-    order: Tensor | None
+    order: tuple[int, ...]  # the address of the list of tiles, if there is one
     has_terms: bool  # whether it takes the addresses of bias, mask or sinks
     device: int
     out_shape: torch.Size
     out_stride: tuple[int, ...]
-    lse: Tensor  # has the shape of the log-sum-exp, and one element
+    lse_shape: torch.Size
+    lse_stride: tuple[int, ...]
 
 
 def _prepare(q, k, v, *, bias, mask, scale, window_left, window_right, softcap, sinks) -> _Call:
@@ -212,16 +215,15 @@ def _prepare(q, k, v, *, bias, mask, scale, window_left, window_right, softcap, 
     q, k, v = (x.detach() for x in (q, k, v))
     out = output_like(q, v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    prepared = None
+    prepared, order = None, ()
     if out.numel():
         grid, args = launch_arguments(q, k, v, out, lse, scale, window_left, window_right, bias, mask, softcap, sinks)
-        order = args[_ORDER]
-        tensors = (q, k, v, out, lse, *(operand for operand, *_ in args[_OPERANDS]), sinks, order)
+        tensors = (q, k, v, out, lse, *(operand for operand, *_ in args[_OPERANDS]), sinks, args[_ORDER])
         tensors = tuple(x for x in tensors if x is not None)
         prepared = launch.prepare(forward_kernel, grid, args, tensors, {"num_warps": 4})
+        order = () if args[_ORDER] is None else (args[_ORDER].data_ptr(),)
     has_terms = not (bias is None and mask is None and sinks is None)
-    one = lse.new_empty(1).expand(lse.shape)
-    return _Call(prepared, order, has_terms, q.get_device(), out.shape, out.stride(), one)
+    return _Call(prepared, order, has_terms, q.get_device(), out.shape, out.stride(), lse.shape, lse.stride())
 
 
 def launch_arguments(
@@ -245,11 +247,10 @@ def launch_arguments(
     m_tiles, heads = -(-seqlen_q // tile_m), batch * q_heads
     ctas = min(heads * m_tiles, sm_count or _sm_count(q.device))
     order = None
-    # A CUDA graph must not record the upload of a list. Without one the order is as for tiles of one length.
-    if (has_left or has_right) and ctas < heads * m_tiles and not _is_capturing(q):
+    if (has_left or has_right) and ctas < heads * m_tiles:
         kv_bytes = batch * kv_heads * seqlen_k * (head_dim + head_dim_v) * k.element_size()
         section = -(-heads // -(-kv_bytes // _SECTION_BYTES))
-        order = _order(q.device, seqlen_q, seqlen_k, left, right, tile_m, tile.block_n, heads, section, ctas)
+        order = _order(kv_tiles(seqlen_q, seqlen_k, left, right, tile_m, tile.block_n), heads, section, ctas, q.device)
     shared_o = tile.shared_o and parts(head_dim)[: len(parts(head_dim_v))] == parts(head_dim_v)
     return (ctas, 1, 1), (
         *_descriptors(q, ROWS), *_descriptors(k, tile.block_n), *_descriptors(v, tile.block_n),
@@ -270,17 +271,29 @@ def kv_tiles(seqlen_q: int, seqlen_k: int, left: int | None, right: int | None, 
     return lengths
 
 
-@functools.lru_cache(1024)
-def _order(device, seqlen_q, seqlen_k, left, right, tile_m, block_n, heads, section, ctas) -> Tensor | None:
-    """The list of `longest_first` on the device; None if the tiles are all of one length."""
-    lengths = kv_tiles(seqlen_q, seqlen_k, left, right, tile_m, block_n)
+def _order(lengths: list[int], heads: int, section: int, ctas: int, device: torch.device):
+    """The list of `longest_first` on the device, or None.
+
+    There is none if the tiles are all of one length, or if there are too many lists already: they are for ever. Without
+    one the kernel's order is the one for tiles of one length.
+    """
     if len(set(lengths)) == 1:
         return None
-    return torch.tensor(longest_first(lengths, heads, section, ctas), dtype=torch.int32, device=device)
+    key = (*lengths, heads, section, ctas, device)
+    with _orders_lock:
+        if key not in _orders:
+            if sum(size for _, size in _orders.values()) > _MAX_ORDERS:
+                return None
+            values = longest_first(lengths, heads, section, ctas)
+            if device.type != "cuda":  # to compile where there is no GPU
+                return torch.tensor(values, dtype=torch.int32, device=device)
+            _orders[key] = launch.upload(values, device.index), len(values)
+        return _orders[key][0]
 
 
-def _is_capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+_orders: dict = {}  # the lists on devices, and how many elements they have
+_orders_lock = threading.Lock()
+_MAX_ORDERS = 16 << 20  # elements of all lists together, 4 bytes each
 
 
 def is_addressable(x: Tensor) -> bool:

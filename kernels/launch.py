@@ -29,11 +29,20 @@ _PROTOTYPES = {
     "cuTensorMapEncodeTiled": (_P, _I, _U, _P, _P, _P, _P, _P, _I, _I, _I, _I),
     "cuTensorMapReplaceAddress": (_P, _P),
     "cuLaunchKernel": (_P, _U, _U, _U, _U, _U, _U, _U, _P, _P, _P),
+    "cuThreadExchangeStreamCaptureMode": (_P,),
+    "cuMemAlloc_v2": (_P, ctypes.c_size_t),
+    "cuStreamCreate": (_P, _U),
+    "cuMemcpyHtoDAsync_v2": (_P, _P, ctypes.c_size_t, _P),
+    "cuStreamSynchronize": (_P,),
+    "cuStreamDestroy_v2": (_P,),
 }
 _OPTIONAL = {"cuFuncGetParamInfo"}  # since CUDA 12.4
 
 _INVALID_VALUE = 1  # CUresult
+_OUT_OF_MEMORY = 2  # CUresult
 _INVALID_CONTEXT = 201  # CUresult
+_CAPTURE_MODE_RELAXED = 2  # CUstreamCaptureMode
+_STREAM_NON_BLOCKING = 1  # CUstream_flags
 _PREFER_SHARED = 1  # CUfunc_cache
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
 _INTERLEAVE_NONE = 0  # CUtensorMapInterleave
@@ -95,6 +104,45 @@ def _driver() -> Driver:
         return Driver(ctypes.CDLL("libcuda.so.1"))
     except OSError as error:
         raise RuntimeError(f"no CUDA driver: {error}") from error
+
+
+class DeviceInts(NamedTuple):
+    """int32 on a GPU, to be an argument of a kernel; `upload` makes them."""
+
+    address: int
+    dtype: torch.dtype = torch.int32
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def upload(values: list[int], device: int) -> DeviceInts | None:
+    """`values` in memory of `device` that is never freed; None if it has no memory left.
+
+    The memory is not torch's: what its allocator gives while torch records a CUDA graph, or in the run before, belongs
+    to that graph. And it is never freed since a graph that somebody recorded may read it.
+
+    Raises:
+        RuntimeError: with the CUDA driver's name for what is wrong.
+    """
+    driver = _driver()
+    driver.ensure_context(device)
+    data = (ctypes.c_int32 * len(values))(*values)
+    memory, stream, mode = _P(), _P(), _I(_CAPTURE_MODE_RELAXED)
+    # A CUDA graph that this thread records forbids what follows, though it is none of the graph's business.
+    driver("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+    try:
+        if (code := driver.cuMemAlloc_v2(ctypes.byref(memory), ctypes.sizeof(data))) == _OUT_OF_MEMORY:
+            return None
+        if code:
+            driver.fail("cuMemAlloc_v2", code)
+        driver("cuStreamCreate", ctypes.byref(stream), _STREAM_NON_BLOCKING)
+        driver("cuMemcpyHtoDAsync_v2", memory, data, ctypes.sizeof(data), stream)
+        driver("cuStreamSynchronize", stream)
+        driver("cuStreamDestroy_v2", stream)
+    finally:
+        driver("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+    return DeviceInts(memory.value)
 
 
 class Parameter(NamedTuple):
@@ -269,32 +317,32 @@ class Launch:
             ValueError: if an address is no multiple of 16, but the tensor's in `prepare` was.
         """
         with self._lock:  # the driver has copied the parameters when cuLaunchKernel returns
-            if addresses != self._addresses:
-                self._move(addresses)
-            if code := self._launch(*self._head, stream, self._pointers, None):
-                # A thread that torch started (autograd's) or that the user did has no context until something of torch
-                # in it needed one. As with triton's launch, that is not the caller's business.
-                if code == _INVALID_CONTEXT and self._driver.ensure_context(self._device):
-                    code = self._launch(*self._head, stream, self._pointers, None)
-                if code:
-                    self._driver.fail("cuLaunchKernel", code)
+            name, code = self._submit(stream, addresses)
+            # A thread that torch started (autograd's) or that the user did has no context until something of torch in
+            # it needed one. As with triton's launch, that is not the caller's business.
+            if code == _INVALID_CONTEXT and self._driver.ensure_context(self._device):
+                name, code = self._submit(stream, addresses)
+            if code:
+                self._driver.fail(name, code)
 
-    def _move(self, addresses: tuple[int, ...]) -> None:
-        if len(addresses) != len(self._slots):
-            raise TypeError(f"{len(addresses)} addresses for {len(self._slots)} tensors")
-        replace = self._replace
-        # If this raises halfway, the next call starts afresh.
-        before, self._addresses = self._addresses, self._unknown
-        for new, old, (mask, maps, words) in zip(addresses, before, self._slots):
-            if new != old:
-                if new & mask:
-                    raise ValueError(f"address {new:#x} is no multiple of 16, and the kernel was compiled for one")
-                for pointer in maps:
-                    if code := replace(pointer, new):
-                        self._driver.fail("cuTensorMapReplaceAddress", code)
-                for word in words:
-                    word.value = new
-        self._addresses = addresses
+    def _submit(self, stream: int, addresses: tuple[int, ...]) -> tuple[str, int]:
+        """The CUresult of the last function called, and its name."""
+        if addresses != self._addresses:
+            if len(addresses) != len(self._slots):
+                raise TypeError(f"{len(addresses)} addresses for {len(self._slots)} tensors")
+            # If this ends halfway, the next call starts afresh.
+            before, self._addresses = self._addresses, self._unknown
+            for new, old, (mask, maps, words) in zip(addresses, before, self._slots):
+                if new != old:
+                    if new & mask:
+                        raise ValueError(f"address {new:#x} is no multiple of 16, and the kernel was compiled for one")
+                    for pointer in maps:
+                        if code := self._replace(pointer, new):
+                            return "cuTensorMapReplaceAddress", code
+                    for word in words:
+                        word.value = new
+            self._addresses = addresses
+        return "cuLaunchKernel", self._launch(*self._head, stream, self._pointers, None)
 
 
 def _encode(driver: Driver, where: int, tensor_map: Map, address: int) -> None:

@@ -64,8 +64,8 @@ def error(x: Tensor | None, exact: Tensor | None) -> float:
 
 def assert_as_good_as_eager(ours: Run, eager: Run, exact: Run, dtype: torch.dtype) -> None:
     """Forward and every gradient: no further from float64 than 1.5 times eager's own distance in this dtype."""
-    # What another order of the same sums may change: a few roundings in fp32, a fraction of one in 16 bits.
-    floor = torch.finfo(dtype).eps * (8 if dtype == torch.float32 else 1 / 8)
+    # What another order of the same sums may change: some roundings in fp32, a fraction of one in 16 bits.
+    floor = torch.finfo(dtype).eps * (16 if dtype == torch.float32 else 1 / 8)
     pairs = [("out", ours.out, eager.out, exact.out)]
     pairs += [(f"grad {i}", *x) for i, x in enumerate(zip(ours.grads, eager.grads, exact.grads, strict=True))]
     for name, mine, theirs, truth in pairs:

@@ -267,6 +267,24 @@ def test_in_a_thread_and_in_a_cuda_graph():
     assert torch.equal(out, attention_forward(q, k, v, scale=0.1, window_right=0)[0])
 
 
+def test_first_seen_in_a_cuda_graph():
+    """What a problem needs for good is not in the graph's memory, and outlives the memory of what was prepared."""
+    q, k, v = (torch.randn(3, 41, 1200, 64, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
+    attention_forward(*(x[:, :, :1100] for x in (q, k, v)), scale=0.1, window_right=0)
+    forward._calls.clear()
+    forward._orders.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = attention_forward(q, k, v, scale=0.1, window_right=0)
+    assert len(forward._orders) == 1
+    forward._calls.clear()
+    for _ in range(2):
+        out.fill_(math.nan), lse.fill_(math.nan)
+        q.copy_(torch.randn_like(q))
+        graph.replay()
+        assert all(map(torch.equal, (out, lse), attention_forward(q, k, v, scale=0.1, window_right=0)))
+
+
 GRADIENTS = {  # (b, hq, hkv, sq, sk, window_right[, window_left])
     "full": (2, 4, 4, 512, 512, None),
     "full-odd": (2, 3, 3, 257, 1000, None),

@@ -115,6 +115,23 @@ def test_a_list_only_where_tiles_differ():
     assert args[forward._ORDER] is None
 
 
+def test_lists_are_shared_and_bounded(monkeypatch):
+    uploads = []
+    monkeypatch.setattr(forward.launch, "upload", lambda values, device: uploads.append((values, device)) or len(uploads))
+    monkeypatch.setattr(forward, "_orders", {})
+    gpu = torch.device("cuda", 3)
+    lengths = forward.kv_tiles(1000, 1000, None, 0, 128, 128)
+    assert forward._order([8] * 8, 64, 64, 132, gpu) is None
+    for _ in range(2):
+        assert forward._order(lengths, 64, 64, 132, gpu) == 1
+        assert forward._order(forward.kv_tiles(1001, 1001, None, 0, 128, 128), 64, 64, 132, gpu) == 1
+        assert forward._order(lengths, 64, 64, 100, gpu) == 2
+    assert uploads == [(schedule.longest_first(lengths, 64, 64, ctas), 3) for ctas in (132, 100)]
+    monkeypatch.setattr(forward, "_MAX_ORDERS", 1000)
+    assert forward._order(lengths, 64, 64, 99, gpu) is None
+    assert forward._order(lengths, 64, 64, 100, gpu) == 2
+
+
 @pytest.mark.parametrize("head_dim", range(8, 257, 8))
 def test_parts(head_dim):
     parts = forward.parts(head_dim)

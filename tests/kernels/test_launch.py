@@ -44,7 +44,14 @@ PROTOTYPES = {
     ),
     "cuTensorMapReplaceAddress": (P, P),
     "cuLaunchKernel": (P, U, U, U, U, U, U, U, P, ctypes.POINTER(P), P),
+    "cuThreadExchangeStreamCaptureMode": (ctypes.POINTER(INT),),
+    "cuMemAlloc_v2": (ctypes.POINTER(P), Z),
+    "cuStreamCreate": (ctypes.POINTER(P), U),
+    "cuMemcpyHtoDAsync_v2": (P, P, Z, P),
+    "cuStreamSynchronize": (P,),
+    "cuStreamDestroy_v2": (P,),
 }  # fmt: skip
+UPLOAD = [name for name in PROTOTYPES if re.search("Exchange|MemAlloc|Stream|Memcpy", name)]
 ERRORS = {1: b"CUDA_ERROR_INVALID_VALUE", 201: b"CUDA_ERROR_INVALID_CONTEXT", 700: b"CUDA_ERROR_ILLEGAL_ADDRESS"}
 MAGIC = b"a map".ljust(120)
 
@@ -59,7 +66,7 @@ class Library:
     """
 
     def __init__(self, sizes):
-        self.sizes, self.calls, self.codes, self.context = sizes, [], {}, 0xC0
+        self.sizes, self.calls, self.codes, self.context, self.mode = sizes, [], {}, 0xC0, 0
         self.names = {code: ctypes.create_string_buffer(name) for code, name in ERRORS.items()}
         for name, argtypes in PROTOTYPES.items():
             prototype = ctypes.PYFUNCTYPE(INT, *argtypes)
@@ -119,6 +126,27 @@ class Library:
         *numbers, stream, parameters, extra = args
         assert extra is None
         return function, *numbers, stream, [ctypes.string_at(parameters[i], n) for i, n in enumerate(self.sizes)]
+
+    def cuThreadExchangeStreamCaptureMode_(self, mode):
+        self.mode, mode[0] = mode[0], self.mode
+        return (self.mode,)
+
+    def cuMemAlloc_v2_(self, memory, size):
+        assert self.mode == 2
+        memory[0] = 0xA0
+        return (size,)
+
+    def cuStreamCreate_(self, stream, flags):
+        stream[0] = 0xB0
+        return (flags,)
+
+    def cuMemcpyHtoDAsync_v2_(self, to, data, size, stream):
+        return to, ctypes.string_at(data, size), stream
+
+    def cuStreamSynchronize_(self, stream):
+        return (stream,)
+
+    cuStreamDestroy_v2_ = cuStreamSynchronize_
 
     def named(self, name):
         return [call[1:] for call in self.calls if call[0] == name]
@@ -375,7 +403,10 @@ def test_a_failed_launch_names_the_error_and_the_next_is_right(compiled, library
     assert [struct.unpack("<Q", parameters[i][:8])[0] for i in (1, 13, 6, 12)] == [q, q, out, pair]
 
 
-@pytest.mark.parametrize("name", [n for n in PROTOTYPES if not re.search("ErrorName|Replace|Launch|SetCur|Retain", n)])
+NOT_OF_PREPARE = {"cuGetErrorName", "cuTensorMapReplaceAddress", "cuLaunchKernel", *UPLOAD}
+
+
+@pytest.mark.parametrize("name", [n for n in PROTOTYPES if n not in NOT_OF_PREPARE and not re.search("SetCur|Retain", n)])
 def test_errors_of_prepare(compiled, library, name):
     library.codes[name] = [700]
     with pytest.raises(RuntimeError, match=f"^{name}: CUDA_ERROR_ILLEGAL_ADDRESS$"):
@@ -412,19 +443,44 @@ def test_a_kernel_is_loaded_once_for_each_device(compiled, library, monkeypatch)
     assert len(library.named("cuModuleLoadData")) == 2
 
 
-def test_a_thread_without_a_context_gets_one(compiled, library, monkeypatch):
+@pytest.mark.parametrize("name", ["cuTensorMapReplaceAddress", "cuLaunchKernel"])
+def test_a_thread_without_a_context_gets_one(compiled, library, monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     library.context = None
-    made, addresses = prepared(compiled)
+    made, (_, *addresses) = prepared(compiled)
     assert library.context == 0xC3
-    library.context, library.codes["cuLaunchKernel"] = None, [201]
+    library.context, library.codes[name] = None, [201]
     library.calls.clear()
-    made(0, *addresses)
-    names = [call[0] for call in library.calls]
-    assert names == [
-        "cuLaunchKernel", "cuCtxGetCurrent", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent", "cuLaunchKernel",
-    ]  # fmt: skip
+    made(0, 0x1000, *addresses)
+    names = [call[0] for call in library.calls if call[0] != "cuTensorMapReplaceAddress"]
+    expected = ["cuCtxGetCurrent", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent", "cuLaunchKernel"]
+    assert names == (["cuLaunchKernel"] if name == "cuLaunchKernel" else []) + expected
     assert library.context == 0xC3
+    parameters = library.named("cuLaunchKernel")[-1][-1]
+    assert [struct.unpack("<Q", parameters[i][:8])[0] for i in (1, 13)] == [0x1000, 0x1000]
+
+
+def test_upload(library):
+    """What a CUDA graph that is recorded may forbid is done as none of its business, and away from its stream."""
+    library.context, library.mode = None, 1
+    made = launch.upload([1, -2, 3], 5)
+    assert made.data_ptr() == 0xA0 and made.dtype is torch.int32 and library.context == 0xC5
+    assert library.named("cuMemAlloc_v2") == [(12,)] and library.named("cuStreamCreate") == [(1,)]
+    assert library.named("cuMemcpyHtoDAsync_v2") == [(0xA0, struct.pack("<3i", 1, -2, 3), 0xB0)]
+    assert [call[0] for call in library.calls[-3:]] == [
+        "cuStreamSynchronize", "cuStreamDestroy_v2", "cuThreadExchangeStreamCaptureMode",
+    ]  # fmt: skip
+    assert library.mode == 1
+
+
+@pytest.mark.parametrize("name", UPLOAD)
+def test_errors_of_upload(library, name):
+    library.codes[name] = [700]
+    with pytest.raises(RuntimeError, match=f"^{name}: CUDA_ERROR_ILLEGAL_ADDRESS$"):
+        launch.upload([1], 0)
+    assert library.mode == 0
+    library.codes["cuMemAlloc_v2"] = [2]
+    assert launch.upload([1], 0) is None and library.mode == 0
 
 
 def test_another_context_is_left_alone(compiled, library):
