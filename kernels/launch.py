@@ -9,6 +9,7 @@ import ctypes
 import functools
 import struct
 import threading
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -106,8 +107,9 @@ def _driver() -> Driver:
         raise RuntimeError(f"no CUDA driver: {error}") from error
 
 
-class DeviceInts(NamedTuple):
-    """int32 on a GPU, to be an argument of a kernel; `upload` makes them."""
+@dataclass(frozen=True)
+class DeviceInts:
+    """int32 on a GPU, to be an argument of a kernel as a tensor is; `upload` makes them."""
 
     address: int
     dtype: torch.dtype = torch.int32

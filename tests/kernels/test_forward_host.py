@@ -117,7 +117,9 @@ def test_a_list_only_where_tiles_differ():
 
 def test_lists_are_shared_and_bounded(monkeypatch):
     uploads = []
-    monkeypatch.setattr(forward.launch, "upload", lambda values, device: uploads.append((values, device)) or len(uploads))
+    monkeypatch.setattr(
+        forward.launch, "upload", lambda values, device: uploads.append((values, device)) or len(uploads)
+    )
     monkeypatch.setattr(forward, "_orders", {})
     gpu = torch.device("cuda", 3)
     lengths = forward.kv_tiles(1000, 1000, None, 0, 128, 128)

@@ -406,7 +406,9 @@ def test_a_failed_launch_names_the_error_and_the_next_is_right(compiled, library
 NOT_OF_PREPARE = {"cuGetErrorName", "cuTensorMapReplaceAddress", "cuLaunchKernel", *UPLOAD}
 
 
-@pytest.mark.parametrize("name", [n for n in PROTOTYPES if n not in NOT_OF_PREPARE and not re.search("SetCur|Retain", n)])
+@pytest.mark.parametrize(
+    "name", [n for n in PROTOTYPES if n not in NOT_OF_PREPARE and not re.search("SetCur|Retain", n)]
+)
 def test_errors_of_prepare(compiled, library, name):
     library.codes[name] = [700]
     with pytest.raises(RuntimeError, match=f"^{name}: CUDA_ERROR_ILLEGAL_ADDRESS$"):
@@ -471,6 +473,14 @@ def test_upload(library):
         "cuStreamSynchronize", "cuStreamDestroy_v2", "cuThreadExchangeStreamCaptureMode",
     ]  # fmt: skip
     assert library.mode == 1
+
+
+def test_what_is_uploaded_passes_for_a_tensor():
+    def compile_with(out):
+        args, _ = operands()
+        return compile_for_hopper(every_kind, (*args[:2], out, *args[3:]), {"num_warps": 4})
+
+    assert compile_with(launch.DeviceInts(0xA00)).hash == compile_with(torch.empty(4, dtype=torch.int32)).hash
 
 
 @pytest.mark.parametrize("name", UPLOAD)
