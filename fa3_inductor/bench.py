@@ -178,6 +178,8 @@ def features(args: argparse.Namespace) -> list[dict]:
     rand = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
     keys = torch.arange(seqlen, device="cuda")
     padding = (keys < torch.tensor([[seqlen], [seqlen - 1000]], device="cuda")).view(batch, 1, 1, seqlen)
+    below, document = keys[:, None] >= keys, keys // window
+    documents = document[:, None] == document
     causal = dict(window_right=0)
     cases = {  # name: head_dim, head_dim_v, options, share of the S^2 pairs that are visible
         "full": (128, 128, {}, 1.0),
@@ -186,7 +188,10 @@ def features(args: argparse.Namespace) -> list[dict]:
         "causal, window 1024": (128, 128, dict(window_left=window - 1, window_right=0), window / seqlen),
         "causal, softcap 50": (128, 128, dict(softcap=50.0, **causal), 0.5),
         "causal, sinks": (128, 128, dict(sinks=rand(heads), **causal), 0.5),
-        "full, key padding": (128, 128, dict(mask=padding), 1.0),
+        "causal, documents of 1024 [q, k]": (128, 128, dict(mask=documents, **causal), window / seqlen / 2),
+        "full, documents of 1024 [q, k]": (128, 128, dict(mask=documents), window / seqlen),
+        "causal, key padding": (128, 128, dict(mask=padding, **causal), (padding & below).float().mean().item()),
+        "full, key padding": (128, 128, dict(mask=padding), padding.float().mean().item()),
         "full, bias [h, q, k]": (128, 128, dict(bias=rand(1, heads, seqlen, seqlen)), 1.0),
         "full, mask [q, k]": (128, 128, dict(mask=keys[:, None] * 7 % 5 < keys % 7), 1.0),
         "full, head_dim 96": (96, 96, {}, 1.0),

@@ -18,8 +18,9 @@ from triton.runtime import driver
 from fa3_inductor.kernels import launch, output_like
 from fa3_inductor.kernels.forward_kernel import ROWS as ROWS_OF_A_CONSUMER
 from fa3_inductor.kernels.forward_kernel import forward_kernel
+from fa3_inductor.kernels.ranges import ranges_arguments, ranges_kernel, ranges_shape
 from fa3_inductor.kernels.schedule import longest_first
-from fa3_inductor.kernels.terms import functions, program_of
+from fa3_inductor.kernels.terms import broadcast, functions, program_of
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ TILES = (
     (192, 128, Tile(128, 2, 240, 24, shared_o=True), Tile(128, 2, 240, 24, shared_o=True)),
     (256, 256, Tile(64, 2, 240, 24, shared_o=True), Tile(64, 2, 240, 24, shared_o=True)),
 )
-# Up to SHORT query rows the diagonal cuts off too much of a tile of 192: 322 against 258 TFLOP/s at 1024 (same H100).
+# Up to SHORT query rows, tiles of 192 jut out too far below the last row and above the diagonal. On an H100, TFLOP/s at
+# 512 / 1024 / 2048, full 383/417/445 against 322/399/462, causal 253/336/392 against 240/315/422.
 SHORT = 1024
-SHORT_TILE = Tile(128, 2, 240, 24)
+SHORT_TILE = Tile(128, 2, 240, 24, ping_pong=True)
 # With terms on the scores: their values need registers.
 TERM_TILES = (
     (64, 64, Tile(128, 2, 240, 24)),
@@ -63,7 +65,7 @@ def tile_for(head_dim: int, head_dim_v: int, windowed: bool, seqlen_q: int, with
     """The tables' configuration for a problem."""
     if with_terms:
         return next(tile for d, dv, tile in TERM_TILES if head_dim <= d and head_dim_v <= dv)
-    if windowed and seqlen_q <= SHORT and max(head_dim, head_dim_v) <= 64:
+    if seqlen_q <= SHORT and max(head_dim, head_dim_v) <= 64:
         return SHORT_TILE
     d, dv, full, cut = next(row for row in TILES if head_dim <= row[0] and head_dim_v <= row[1])
     return cut if windowed else full
@@ -81,7 +83,6 @@ def parts(head_dim: int) -> tuple[int, ...]:
 
 _LOG2E = math.log2(math.e)
 _GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-_SECTION_BYTES = 32 << 20  # of the keys and values of a section of heads: to stay in an L2 cache of 50 MB
 
 
 def supports(q_shape, k_shape, v_shape, dtype, *, scale=1.0) -> str | None:
@@ -119,7 +120,8 @@ def attention_forward(
         q: [B, Hq, Sq, D], BF16 or FP16, D a multiple of 8 up to 256, on CUDA.
         k: [B, Hkv, Sk, D], Hkv dividing Hq; v: [B, Hkv, Sk, Dv], Dv a multiple of 8 up to 256.
         bias: floating point, broadcastable to [B, Hq, Sq, Sk], added to the scaled scores.
-        mask: bool, broadcastable to [B, Hq, Sq, Sk], True where a query may attend.
+        mask: bool, broadcastable to [B, Hq, Sq, Sk], True where a query may attend. It is read once before the kernel
+            starts, to find the KV tiles that no query of a block sees (they are skipped) and those that all of it see.
         scale: positive.
         window_left, window_right: query i sees the keys i - window_left <= j <= i + window_right (None: unbounded),
             both counted from the top left. window_right 0 is causal, Sk - Sq is causal from the bottom right.
@@ -162,7 +164,12 @@ def attention_forward(
     if call.launch is not None:
         terms = [x.data_ptr() for x in (bias, mask, sinks) if x is not None] if call.has_terms else ()
         stream = driver.active.get_current_stream(call.device)
-        call.launch(stream, q_at, k_at, v_at, out.data_ptr(), lse.data_ptr(), *terms, *call.order)
+        ranges = ()
+        if call.find_ranges is not None:
+            found = q.new_empty(call.ranges_shape, dtype=torch.int32)
+            ranges = (found.data_ptr(),)
+            call.find_ranges(stream, mask.data_ptr(), *ranges)
+        call.launch(stream, q_at, k_at, v_at, out.data_ptr(), lse.data_ptr(), *terms, *call.order, *ranges)
     return out, lse
 
 
@@ -171,7 +178,7 @@ def _key(x: Tensor) -> tuple:
 
 
 _calls: dict = {}
-_ORDER, _OPERANDS = 9, 11  # which arguments of the kernel they are
+_ORDER, _OPERANDS = 9, 12  # which arguments of the kernel they are
 _MAX_CALLS = 4096  # by shapes and strides: what a server with ever new lengths may hold on to
 
 
@@ -182,6 +189,8 @@ class _Call(NamedTuple):
     """
 
     launch: launch.Launch | None  # None: there is nothing to compute
+    find_ranges: launch.Launch | None  # of the mask
+    ranges_shape: tuple[int, ...]
     order: tuple[int, ...]  # the address of the list of tiles, if there is one
     has_terms: bool  # whether it takes the addresses of bias, mask or sinks
     device: int
@@ -215,29 +224,50 @@ def _prepare(q, k, v, *, bias, mask, scale, window_left, window_right, softcap, 
     q, k, v = (x.detach() for x in (q, k, v))
     out = output_like(q, v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    prepared, order = None, ()
+    prepared, find_ranges, ranges, order = None, None, None, ()
     if out.numel():
-        grid, args = launch_arguments(q, k, v, out, lse, scale, window_left, window_right, bias, mask, softcap, sinks)
-        tensors = (q, k, v, out, lse, *(operand for operand, *_ in args[_OPERANDS]), sinks, args[_ORDER])
+        if mask is not None:
+            whole = broadcast("mask", mask, (*q.shape[:3], k.shape[2]))
+            block_n = tile_for(q.shape[3], v.shape[3], False, q.shape[2], True).block_n
+            ranges = q.new_empty(ranges_shape(whole, ROWS), dtype=torch.int32)
+            grid, args = ranges_arguments(whole, ranges, ROWS, block_n)
+            find_ranges = launch.prepare(ranges_kernel, grid, args, (whole, ranges), {"num_warps": 8})
+        grid, args = launch_arguments(
+            q, k, v, out, lse, scale, window_left, window_right, bias, mask, softcap, sinks, ranges
+        )
+        tensors = (q, k, v, out, lse, *(operand for operand, *_ in args[_OPERANDS]), sinks, args[_ORDER], ranges)
         tensors = tuple(x for x in tensors if x is not None)
         prepared = launch.prepare(forward_kernel, grid, args, tensors, {"num_warps": 4})
         order = () if args[_ORDER] is None else (args[_ORDER].data_ptr(),)
     has_terms = not (bias is None and mask is None and sinks is None)
-    return _Call(prepared, order, has_terms, q.get_device(), out.shape, out.stride(), lse.shape, lse.stride())
+    shape = () if ranges is None else ranges.shape
+    return _Call(
+        prepared, find_ranges, shape, order, has_terms, q.get_device(), out.shape, out.stride(), lse.shape, lse.stride()
+    )
 
 
 def launch_arguments(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, window_left: int | None = None,
     window_right: int | None = None, bias: Tensor | None = None, mask: Tensor | None = None,
-    softcap: float | None = None, sinks: Tensor | None = None, *, tile: Tile | None = None, sm_count: int | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None, ranges: Tensor | None = None, *,
+    tile: Tile | None = None, sm_count: int | None = None,
 ) -> tuple[tuple[int, int, int], tuple]:  # fmt: skip
-    """The grid and the arguments of the kernel; `tile` and `sm_count` in place of the tables' and the device's."""
+    """The grid and the arguments of the kernel.
+
+    Args:
+        ranges: of the mask, for blocks of ROWS rows and the tile's block_n; None has every tile looked at.
+        tile, sm_count: in place of the tables' and the device's.
+    """
     batch, q_heads, seqlen_q, head_dim = q.shape
     kv_heads, seqlen_k, head_dim_v = v.shape[1:]
     has_left = window_left is not None and window_left < seqlen_q - 1
     has_right = window_right is not None and window_right < seqlen_k - 1
     program, operands = program_of(bias, mask, softcap, (batch, q_heads, seqlen_q, seqlen_k))
-    load, apply, scaled = functions(program)
+    load, apply, scaled = open_load, open_apply, _ = functions(program)
+    if ranges is not None:
+        steps = (0 if size == 1 else by // ranges.shape[3] for size, by in zip(ranges.shape[:3], ranges.stride()))
+        ranges = ranges, *steps
+        open_load, open_apply, _ = functions(program.without_mask())
     tile = tile or tile_for(head_dim, head_dim_v, has_left or has_right, seqlen_q, bool(program.terms))
     left = max(window_left, -seqlen_k) if has_left else None
     right = max(window_right, -seqlen_q) if has_right else None
@@ -248,15 +278,17 @@ def launch_arguments(
     ctas = min(heads * m_tiles, sm_count or _sm_count(q.device))
     order = None
     if (has_left or has_right) and ctas < heads * m_tiles:
-        kv_bytes = batch * kv_heads * seqlen_k * (head_dim + head_dim_v) * k.element_size()
-        section = -(-heads // -(-kv_bytes // _SECTION_BYTES))
+        # Two rounds of tiles, and at least four of each head in a round, for keys and values to be in the L2 cache
+        # yet. Causal, on an H100, TFLOP/s with sections of 32 MB of keys and values and with these: D 128, S 512, 276
+        # and 324; S 1024, 404 and 453; S 4096, 564 and 609.
+        section = max(1, min(ctas // 4, 2 * ctas // m_tiles))
         order = _order(kv_tiles(seqlen_q, seqlen_k, left, right, tile_m, tile.block_n), heads, section, ctas, q.device)
     shared_o = tile.shared_o and parts(head_dim)[: len(parts(head_dim_v))] == parts(head_dim_v)
     return (ctas, 1, 1), (
         *_descriptors(q, ROWS), *_descriptors(k, tile.block_n), *_descriptors(v, tile.block_n),
-        *_descriptors(out, ROWS), lse, order, sinks, operands,
+        *_descriptors(out, ROWS), lse, order, sinks, ranges, operands,
         heads * m_tiles, m_tiles, q_heads, q_heads // kv_heads, seqlen_q, seqlen_k, left or 0, right or 0,
-        scale * _LOG2E, has_left, has_right, load, apply, scaled,
+        scale * _LOG2E, has_left, has_right, load, apply, open_load, open_apply, scaled,
         tile.consumers, STAGES, tile.ping_pong, shared_o, tile.consumer_regs, tile.producer_regs,
     )  # fmt: skip
 

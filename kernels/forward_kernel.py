@@ -68,7 +68,7 @@ def _number(step, work):
 
 
 @gluon.jit
-def _kv_range(row0, window, COUNT: gl.constexpr, BLOCK_N: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+def _window_range(row0, window, COUNT: gl.constexpr, BLOCK_N: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
     """The KV tiles first ... stop - 1 that rows row0 ... row0 + COUNT - 1 see; one, whatever it holds, if none."""
     seqlen_q, seqlen_k, left, right = window
     keys = seqlen_k
@@ -79,6 +79,61 @@ def _kv_range(row0, window, COUNT: gl.constexpr, BLOCK_N: gl.constexpr, LEFT: gl
     if LEFT:
         first = gl.minimum(gl.maximum(row0 - left, 0) // BLOCK_N, stop - 1)
     return first, stop
+
+
+@gluon.jit
+def _kv_range(
+    place, window, ranges, WG: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, LEFT: gl.constexpr,
+    RIGHT: gl.constexpr,
+):  # fmt: skip
+    """The KV tiles of consumer WG, whose rows begin at place[2], and those that any consumer has.
+
+    Both are ranges; a consumer whose rows see nothing has the first of the others' tiles.
+    """
+    batch, head, row0 = place
+    tile_row = row0 - WG * ROWS
+    if ranges is None:
+        tile_first, tile_stop = _window_range(tile_row, window, CONSUMERS * ROWS, BLOCK_N, LEFT, RIGHT)
+        first, stop = _window_range(row0, window, ROWS, BLOCK_N, LEFT, RIGHT)
+        if row0 >= window[0]:
+            first = tile_first
+            stop = tile_first + 1
+    else:
+        ptr, by_batch, by_head, by_block = ranges
+        ptr += (batch.to(gl.int64) * by_batch + head * by_head) * 4
+        first = 0
+        stop = 0
+        tile_first = (window[1] + BLOCK_N - 1) // BLOCK_N
+        tile_stop = 0
+        for wg in gl.static_range(CONSUMERS):
+            row = tile_row + wg * ROWS
+            if row < window[0]:
+                at = ptr + (row // ROWS * by_block) * 4
+                its_first, its_stop = _window_range(row, window, ROWS, BLOCK_N, LEFT, RIGHT)
+                its_first = gl.maximum(its_first, gl.load(at))
+                its_stop = gl.minimum(its_stop, gl.load(at + 1))
+                if its_first < its_stop:
+                    tile_first = gl.minimum(tile_first, its_first)
+                    tile_stop = gl.maximum(tile_stop, its_stop)
+                    if wg == WG:
+                        first = its_first
+                        stop = its_stop
+        if tile_stop == 0:
+            tile_first = 0
+            tile_stop = 1
+        if stop == 0:
+            first = tile_first
+            stop = tile_first + 1
+    return first, stop, tile_first, tile_stop
+
+
+@gluon.jit
+def _full_range(place, ranges):
+    """Of these KV tiles the mask hides nothing from a consumer's rows."""
+    batch, head, row0 = place
+    ptr, by_batch, by_head, by_block = ranges
+    at = ptr + (batch.to(gl.int64) * by_batch + head * by_head + row0 // ROWS * by_block) * 4
+    return gl.load(at + 2), gl.load(at + 3)
 
 
 @gluon.jit
@@ -118,10 +173,9 @@ def _produce(
     args, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
 ):  # fmt: skip
     """The producer warp. Values lag keys by one tile, as their use does."""
-    q_descs, k_descs, v_descs, q_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full, work, window = args
+    q_descs, k_descs, v_descs, q_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full, work, window, ranges = args
     order_ptr, tiles, m_tiles, q_heads, group = work
     THREADS: gl.constexpr = 128 * CONSUMERS + 32
-    TILE_M: gl.constexpr = CONSUMERS * ROWS
     it = 0
     steps = _steps(work)
     number = _number(0, work)
@@ -132,7 +186,8 @@ def _produce(
         batch = flat // q_heads
         head = flat % q_heads
         kv_head = head // group
-        first, stop = _kv_range(m_tile * TILE_M, window, TILE_M, BLOCK_N, LEFT, RIGHT)
+        place = (batch, head, m_tile * (CONSUMERS * ROWS))
+        _, _, first, stop = _kv_range(place, window, ranges, 0, CONSUMERS, BLOCK_N, LEFT, RIGHT)
         row = (stop - 1) * BLOCK_N
         _load_kv(k_descs, batch, kv_head, row, it, k_full, k_smem, K_EMPTY, THREADS, STAGES)
         for wg in gl.static_range(CONSUMERS):
@@ -307,7 +362,7 @@ def _kv_loop(
         _arrive(K_EMPTY + slot, THREADS)
         if APPLY is not None:
             s = APPLY(s, scale, terms)
-        if MASKED:
+        if MASKED and (LEFT or RIGHT):
             s = _mask_tile(s, place[2], column0, window, LEFT, RIGHT, s_layout)
         weights, m_i, alpha = _softmax(s, m_i, 1.0 if SCALED else scale)
         l_i = _rescale(l_i, alpha) + _row_sums(weights)
@@ -355,11 +410,12 @@ def _store(descs, o, smem, slot, batch, head, row):
 def _consume(
     args, WG: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, PING_PONG: gl.constexpr, SHARED_O: gl.constexpr,
-    SINKS: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, SCALED: gl.constexpr,
+    SINKS: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr, OPEN_APPLY: gl.constexpr,
+    SCALED: gl.constexpr,
 ):  # fmt: skip
     """Consumer warp group number WG: its ROWS rows of every tile."""
     o_descs, lse_ptr, sinks_ptr, operands, q_smem, o_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full = args[:12]
-    work, window, scale = args[12:]
+    work, window, ranges, scale = args[12:]
     order_ptr, tiles, m_tiles, q_heads, group = work
     seqlen_q, seqlen_k, left, right = window
     DV: gl.constexpr = o_descs[0].block_type.shape[3]
@@ -368,7 +424,6 @@ def _consume(
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     rows_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
-    TILE_M: gl.constexpr = CONSUMERS * ROWS
     THREADS: gl.constexpr = 128 * CONSUMERS + 32
     q = _at(q_smem, WG)
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
@@ -383,13 +438,9 @@ def _consume(
         number = _number(gl.minimum(step + 1, steps - 1), work)  # of the next one, in time
         batch = flat // q_heads
         head = flat % q_heads
-        row0 = m_tile * TILE_M + WG * ROWS
+        row0 = (m_tile * CONSUMERS + WG) * ROWS
         place = (batch, head, row0)
-        tile_first, tile_stop = _kv_range(m_tile * TILE_M, window, TILE_M, BLOCK_N, LEFT, RIGHT)
-        first, stop = _kv_range(row0, window, ROWS, BLOCK_N, LEFT, RIGHT)
-        if row0 >= seqlen_q:
-            first = tile_first
-            stop = tile_first + 1
+        first, stop, tile_first, tile_stop = _kv_range(place, window, ranges, WG, CONSUMERS, BLOCK_N, LEFT, RIGHT)
         it = _skip(it, tile_stop - stop, k_full, v_full, WG, CONSUMERS, STAGES, PING_PONG)
 
         # The last KV tile, alone: no weights to multiply by V yet. It is the only one that can reach past the end of K.
@@ -421,28 +472,36 @@ def _consume(
             o = (gl.zeros([ROWS, DV], gl.float32, o_layout), gl.zeros([ROWS, DV2], gl.float32, o2_layout))
         it += 1
 
+        # Downwards from the last but one: tiles at an edge, tiles in which nothing is hidden, tiles at the other edge.
         tile = stop - 1
+        open_stop = tile
         if RIGHT:
-            whole = gl.maximum(gl.minimum(row0 + right + 1, seqlen_k), 0) // BLOCK_N
-            whole = gl.minimum(gl.maximum(whole, first), tile)
+            open_stop = gl.minimum(open_stop, gl.maximum(gl.minimum(row0 + right + 1, seqlen_k), 0) // BLOCK_N)
+        if ranges is not None:
+            full_first, full_stop = _full_range((batch, head, gl.minimum(row0, seqlen_q - 1)), ranges)
+            open_stop = gl.minimum(open_stop, full_stop)
+        open_stop = gl.maximum(open_stop, first)
+        if RIGHT or ranges is not None:
             o, packed, l_i, m_i, it = _kv_loop(
-                o, packed, l_i, m_i, it, tile, whole, place, scale,
+                o, packed, l_i, m_i, it, tile, open_stop, place, scale,
                 q, k_smem, v_smem, k_full, v_full, operands, window,
                 WG, CONSUMERS, STAGES, PING_PONG, True, LEFT, RIGHT, LOAD, APPLY, SCALED, s_layout, p_layout,
             )  # fmt: skip
-            tile = whole
-        whole = first
+        open_first = first
         if LEFT:
-            whole = (gl.maximum(gl.minimum(row0 + ROWS, seqlen_q) - 1 - left, 0) + BLOCK_N - 1) // BLOCK_N
-            whole = gl.minimum(gl.maximum(whole, first), tile)
+            low = gl.maximum(gl.minimum(row0 + ROWS, seqlen_q) - 1 - left, 0)
+            open_first = gl.maximum(open_first, (low + BLOCK_N - 1) // BLOCK_N)
+        if ranges is not None:
+            open_first = gl.maximum(open_first, full_first)
+        open_first = gl.minimum(open_first, open_stop)
         o, packed, l_i, m_i, it = _kv_loop(
-            o, packed, l_i, m_i, it, tile, whole, place, scale,
+            o, packed, l_i, m_i, it, open_stop, open_first, place, scale,
             q, k_smem, v_smem, k_full, v_full, operands, window,
-            WG, CONSUMERS, STAGES, PING_PONG, False, LEFT, RIGHT, LOAD, APPLY, SCALED, s_layout, p_layout,
+            WG, CONSUMERS, STAGES, PING_PONG, False, LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY, SCALED, s_layout, p_layout,
         )  # fmt: skip
-        if LEFT:
+        if LEFT or ranges is not None:
             o, packed, l_i, m_i, it = _kv_loop(
-                o, packed, l_i, m_i, it, whole, first, place, scale,
+                o, packed, l_i, m_i, it, open_first, first, place, scale,
                 q, k_smem, v_smem, k_full, v_full, operands, window,
                 WG, CONSUMERS, STAGES, PING_PONG, True, LEFT, RIGHT, LOAD, APPLY, SCALED, s_layout, p_layout,
             )  # fmt: skip
@@ -512,11 +571,11 @@ def _parts(first, second):
     do_not_specialize_on_alignment=["sinks_ptr"],
 )  # fmt: skip
 def forward_kernel(
-    q_desc, q_desc2, k_desc, k_desc2, v_desc, v_desc2, o_desc, o_desc2, lse_ptr, order_ptr, sinks_ptr, operands,
+    q_desc, q_desc2, k_desc, k_desc2, v_desc, v_desc2, o_desc, o_desc2, lse_ptr, order_ptr, sinks_ptr, ranges, operands,
     tiles, m_tiles, q_heads, group, seqlen_q, seqlen_k, left, right, scale,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, SCALED: gl.constexpr,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr, SHARED_O: gl.constexpr,
-    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
+    OPEN_APPLY: gl.constexpr, SCALED: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    PING_PONG: gl.constexpr, SHARED_O: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[2]
     q_descs = _parts(q_desc, q_desc2)
@@ -537,10 +596,10 @@ def forward_kernel(
 
     work = (order_ptr, tiles, m_tiles, q_heads, group)
     window = (seqlen_q, seqlen_k, left, right)
-    produce = (q_descs, k_descs, v_descs, q_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full, work, window)
+    produce = (q_descs, k_descs, v_descs, q_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full, work, window, ranges)
     consume = (
         o_descs, lse_ptr, sinks_ptr, operands, q_smem, o_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full,
-        work, window, scale,
+        work, window, ranges, scale,
     )  # fmt: skip
     SINKS: gl.constexpr = sinks_ptr is not None
     # Spelled out: triton 3.9 adds no tuples that hold None.
@@ -548,10 +607,12 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (_consume, (
-                    consume, 0, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY, SCALED
+                    consume, 0, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY,
+                    OPEN_LOAD, OPEN_APPLY, SCALED,
                 )),
                 (_consume, (
-                    consume, 1, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY, SCALED
+                    consume, 1, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY,
+                    OPEN_LOAD, OPEN_APPLY, SCALED,
                 )),
                 (_produce, (produce, BLOCK_N, 2, STAGES, LEFT, RIGHT)),
             ],
@@ -562,13 +623,16 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (_consume, (
-                    consume, 0, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY, SCALED
+                    consume, 0, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY,
+                    OPEN_LOAD, OPEN_APPLY, SCALED,
                 )),
                 (_consume, (
-                    consume, 1, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY, SCALED
+                    consume, 1, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY,
+                    OPEN_LOAD, OPEN_APPLY, SCALED,
                 )),
                 (_consume, (
-                    consume, 2, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY, SCALED
+                    consume, 2, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY,
+                    OPEN_LOAD, OPEN_APPLY, SCALED,
                 )),
                 (_produce, (produce, BLOCK_N, 3, STAGES, LEFT, RIGHT)),
             ],

@@ -108,6 +108,8 @@ def forward_case(
     `window` is "full", "causal" or "window"; `bias` and `mask` name the axes that they have, of "bhqk".
     """
     from fa3_inductor.kernels import forward
+    from fa3_inductor.kernels.ranges import ranges_shape
+    from fa3_inductor.kernels.terms import broadcast
 
     batch, q_heads, kv_heads = 2, 8, 2
 
@@ -122,9 +124,14 @@ def forward_case(
     v, out = (empty(batch, heads, seqlen, head_dim_v) for heads in (kv_heads, q_heads))
     lse = empty(batch, q_heads, seqlen, dtype=torch.float32)
     left, right = {"full": (None, None), "causal": (None, 0), "window": (511, 0)}[window]
+    hidden = operand(mask, torch.bool)
+    ranges = None
+    if hidden is not None:
+        whole = broadcast("mask", hidden, (batch, q_heads, seqlen, seqlen))
+        ranges = empty(*ranges_shape(whole, forward.ROWS), dtype=torch.int32)
     grid, args = forward.launch_arguments(
-        q, k, v, out, lse, 0.1, left, right, operand(bias, dtype), operand(mask, torch.bool), softcap,
-        empty(q_heads) if sinks else None, sm_count=132,
+        q, k, v, out, lse, 0.1, left, right, operand(bias, dtype), hidden, softcap, empty(q_heads) if sinks else None,
+        ranges, sm_count=132,
     )  # fmt: skip
     tile = forward.tile_for(head_dim, head_dim_v, window != "full", seqlen, bool(bias or mask))
     return Case(forward.forward_kernel, args, {"num_warps": 4}, {tile.consumer_regs, tile.producer_regs})
@@ -151,6 +158,8 @@ def cases() -> dict[str, functools.partial]:
         ("d128-bias-mask", (128, 128, "causal", bf16), dict(bias="hk", mask="bqk")),
         ("d256-bias", (256, 256, "full", bf16), dict(bias="bhqk")),
         ("d128-key-mask", (128, 128, "causal", bf16), dict(mask="bk")),
+        ("d64-mask", (64, 64, "full", bf16), dict(mask="bqk")),
+        ("d256-mask", (256, 256, "causal", bf16), dict(mask="bqk")),
         ("d64-softcap", (64, 64, "causal", bf16), dict(softcap=50.0)),
         ("d256-softcap-window", (256, 256, "window", bf16), dict(softcap=50.0)),
         ("d64-sinks-window", (64, 64, "window", bf16), dict(sinks=True)),

@@ -37,6 +37,10 @@ class ScoreProgram:
     softcap: float | None = None
     terms: tuple[ScoreTerm, ...] = ()
 
+    def without_mask(self) -> "ScoreProgram":
+        """The program where the mask hides nothing, on the same operands (the mask is the last)."""
+        return ScoreProgram(self.softcap, tuple(term for term in self.terms if term.kind != "mask"))
+
 
 def program_of(
     bias: Tensor | None, mask: Tensor | None, softcap: float | None, shape: tuple[int, int, int, int]
@@ -53,12 +57,7 @@ def program_of(
     for kind, tensor in (("bias", bias), ("mask", mask)):
         if tensor is None:
             continue
-        try:
-            whole = tensor.expand(shape)
-        except RuntimeError:
-            raise ValueError(f"a {kind} of {list(tensor.shape)} does not broadcast to {list(shape)}") from None
-        if tensor.dtype == torch.bool:
-            whole = whole.view(torch.uint8)
+        whole = broadcast(kind, tensor, shape)
         strides = [0 if size == 1 else stride for size, stride in zip(shape, whole.stride())]
         alignment = ALIGNED * whole.element_size()
         aligned = strides[3] == 1 and not whole.data_ptr() % alignment and not any(s % ALIGNED for s in strides[:3])
@@ -67,6 +66,15 @@ def program_of(
         terms.append(ScoreTerm(kind, tuple(stride != 0 for stride in strides), aligned))
         operands.append((whole, *(stride for stride in strides[: 3 if aligned else 4] if stride)))
     return ScoreProgram(softcap, tuple(terms)), tuple(operands)
+
+
+def broadcast(kind: str, tensor: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """A new view of `tensor`, expanded to `shape`, uint8 if it is bool. Raises ValueError if it does not broadcast."""
+    try:
+        whole = tensor.expand(shape)
+    except RuntimeError:
+        raise ValueError(f"a {kind} of {list(tensor.shape)} does not broadcast to {list(shape)}") from None
+    return whole.view(torch.uint8) if tensor.dtype == torch.bool else whole
 
 
 @functools.cache

@@ -285,6 +285,44 @@ def test_first_seen_in_a_cuda_graph():
         assert all(map(torch.equal, (out, lse), attention_forward(q, k, v, scale=0.1, window_right=0)))
 
 
+S = 1000
+ROW, COLUMN = torch.arange(S)[:, None], torch.arange(S)
+DOCUMENT = torch.arange(S) // 130
+PADDED = torch.tensor([0, 1, 640, 777])[:, None, None, None]
+MASKS = {  # what leaves KV tiles out, or leaves tiles in which nothing is hidden
+    "padding": COLUMN < PADDED,
+    "left padding": COLUMN >= PADDED,
+    "documents": DOCUMENT[:, None] == DOCUMENT,
+    "causal documents": (DOCUMENT[:, None] == DOCUMENT) & (ROW >= COLUMN),
+    "padded documents": (DOCUMENT[:, None] == DOCUMENT) & (COLUMN < PADDED),
+    "chunks and a prefix": (ROW // 256 == COLUMN // 256) | (COLUMN < 200),
+    "a band": (COLUMN > ROW + 100) & (COLUMN < ROW + 700),
+    "far from the diagonal": (COLUMN - ROW).abs() > 300,
+    "one hole": (ROW != 500) | (COLUMN != 500),
+    "one key": (ROW == 500) & (COLUMN == 500),
+    "by head": torch.tensor([True, False, True, False])[:, None, None],
+    "by query": ROW % 3 != 0,
+}
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("options", [{}, {"window_right": 0}, {"window_left": 200, "softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_that_leave_tiles_out(name, options, head_dim):
+    torch.manual_seed(0)
+    mask = MASKS[name].cuda()
+    q = torch.randn(4, 4, S, head_dim, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(4, 2, S, head_dim, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+    options = options | dict(scale=0.1, mask=mask)
+    out, lse = attention_forward(q, k, v, **options)
+    exact, exact_lse = attention_reference(*(x.double() for x in (q, k, v)), **options)
+    left, right = options.pop("window_left", None), options.pop("window_right", None)
+    assert_as_good(out, eager(q, k, v, right=right, left=left, **options), exact)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-4)
+    again, _ = attention_forward(q, k, v, window_left=left, window_right=right, **options)
+    assert torch.equal(out, again)
+
+
 GRADIENTS = {  # (b, hq, hkv, sq, sk, window_right[, window_left])
     "full": (2, 4, 4, 512, 512, None),
     "full-odd": (2, 3, 3, 257, 1000, None),

@@ -1,0 +1,103 @@
+"""The ranges of masks, found by the kernel run in Triton's interpreter, against what the mask says."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fa3_inductor.kernels.ranges import ranges_shape  # noqa: E402
+from fa3_inductor.kernels.terms import broadcast  # noqa: E402
+
+ROWS = 64
+
+
+def expected(mask, block_n):
+    """[B, H, blocks, 4] of a mask [B, H, Sq, Sk], by its definition."""
+    batch, heads, seqlen_q, seqlen_k = mask.shape
+    found = torch.zeros(batch, heads, -(-seqlen_q // ROWS), 4, dtype=torch.int32)
+    for b, h, block in torch.cartesian_prod(*map(torch.arange, found.shape[:3])).tolist():
+        rows = mask[b, h, block * ROWS : (block + 1) * ROWS].bool()
+        tiles = [rows[:, at : at + block_n] for at in range(0, seqlen_k, block_n)]
+        some = [n for n, tile in enumerate(tiles) if tile.any()]
+        if not some:
+            continue
+        runs, start = [(0, 0)], 0
+        for n, tile in enumerate([*tiles, torch.zeros(1, 1)]):
+            if tile.shape[1] < block_n or not tile.all():
+                runs.append((n - start, n))
+                start = n + 1
+        length = max(length for length, _ in runs)
+        found[b, h, block] = torch.tensor([some[0], some[-1] + 1, -length, 0])
+        found[b, h, block, 2:] += max(stop for n, stop in runs if n == length)
+    return found
+
+
+def masks():
+    """(name, mask, [B, H, Sq, Sk])"""
+    generator = torch.Generator().manual_seed(torch.seed())
+    q, k = torch.arange(300)[:, None], torch.arange(700)
+    documents = torch.arange(300) // 77
+    lengths = torch.tensor([0, 700, 129, 128])[:, None, None, None]
+    return [
+        ("causal", (q >= k), (2, 3, 300, 700)),
+        ("padding", k < lengths, (4, 2, 300, 700)),
+        ("left padding", k >= lengths, (4, 2, 300, 700)),
+        ("documents", documents[:, None] == documents, (1, 2, 300, 300)),
+        ("chunks and a prefix", (q // 64 == k // 64) | (k < 130), (1, 1, 300, 700)),
+        ("a band", (k > q + 200) & (k < q + 600), (2, 1, 300, 700)),
+        ("holes", torch.rand(2, 1, 300, 700, generator=generator) > 0.0001, (2, 2, 300, 700)),
+        ("few", torch.rand(2, 2, 300, 700, generator=generator) < 0.00005, (2, 2, 300, 700)),
+        ("by head", torch.rand(3, 1, 1, generator=generator) < 0.5, (1, 3, 300, 700)),
+        ("by query", torch.rand(300, 1, generator=generator) < 0.9, (1, 1, 300, 700)),
+        ("transposed", (q >= k).T.contiguous().T, (1, 1, 300, 700)),
+        ("one query", torch.rand(1, 700, generator=generator) < 0.99, (1, 1, 1, 700)),
+        ("one key", torch.ones(300, 1), (1, 1, 300, 1)),
+        ("everything", torch.ones(()), (1, 2, 300, 700)),
+    ]
+
+
+def cases():
+    for name, mask, shape in masks():
+        for block_n in (64, 128):
+            yield f"{name}, {block_n}", broadcast("mask", mask.bool(), shape), block_n
+
+
+def main() -> int:
+    """Runs the kernel on every case; exits with 1 if one is wrong."""
+    from fa3_inductor.kernels.ranges import ranges_arguments, ranges_kernel
+
+    wrong = 0
+    for name, whole, block_n in cases():
+        ranges = torch.full(ranges_shape(whole, ROWS), -1, dtype=torch.int32)
+        grid, args = ranges_arguments(whole, ranges, ROWS, block_n)
+        ranges_kernel[grid](*args)
+        wanted = expected(whole, block_n)
+        got = ranges.expand(wanted.shape)
+        # Which of several longest runs it is does not matter.
+        same = torch.equal(got[..., :2], wanted[..., :2]) and torch.equal(got.diff()[..., 2], wanted.diff()[..., 2])
+        inside = all(
+            block[2] == block[3]
+            or whole[b, h, n * ROWS : (n + 1) * ROWS, block[2] * block_n : block[3] * block_n].all()
+            for b, heads in enumerate(got.tolist())
+            for h, blocks in enumerate(heads)
+            for n, block in enumerate(blocks)
+        )
+        if not (same and inside):
+            wrong = 1
+            print(f"{name}: {got.tolist()} in place of {wanted.tolist()}")
+    print("all cases ran")
+    return wrong
+
+
+def test_against_the_definition():
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    child = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
+    assert child.returncode == 0 and child.stdout == "all cases ran\n", child.stdout + child.stderr
+
+
+if __name__ == "__main__":
+    sys.exit(main())
