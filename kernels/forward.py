@@ -231,7 +231,7 @@ def _prepare(q, k, v, *, bias, mask, scale, window_left, window_right, softcap, 
             block_n = tile_for(q.shape[3], v.shape[3], False, q.shape[2], True).block_n
             ranges = q.new_empty(ranges_shape(whole, ROWS), dtype=torch.int32)
             grid, args = ranges_arguments(whole, ranges, ROWS, block_n)
-            find_ranges = launch.prepare(ranges_kernel, grid, args, (whole, ranges), {"num_warps": 8})
+            find_ranges = launch.prepare(ranges_kernel, grid, args, (whole, ranges), {"num_warps": 16})
         grid, args = launch_arguments(
             q, k, v, out, lse, scale, window_left, window_right, bias, mask, softcap, sinks, ranges
         )

@@ -22,7 +22,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import make_backend
+from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
@@ -53,7 +53,7 @@ class Report:
 
 
 def compile_offline(name: str, kernel, args: tuple, options: dict) -> Report:
-    """Compiles a Gluon kernel for sm_90a. `args` are those of a launch, with meta tensors for the tensors.
+    """Compiles a Gluon or Triton kernel for sm_90a. `args` are those of a launch, with meta tensors for the tensors.
 
     Raises:
         RuntimeError: what triton or ptxas said. Some mistakes (a layout that LLVM cannot lower) end the process.
@@ -62,7 +62,7 @@ def compile_offline(name: str, kernel, args: tuple, options: dict) -> Report:
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, parsed = bind(*args, **options)
     parsed, signature, constexprs, attrs = kernel._pack_args(backend, options, bound, specialization, parsed)
-    source = GluonASTSource(kernel, signature, constexprs, attrs)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constexprs, attrs)
     with contextlib.redirect_stdout(io.StringIO()):  # on an error of ptxas, triton prints all of the PTX
         compiled = triton.compile(source, target=HOPPER, options=parsed.__dict__)
     with tempfile.TemporaryDirectory() as folder:

@@ -35,7 +35,7 @@ def ranges_kernel(
         tiles = start + tl.arange(0, TILES)
         columns = start * BLOCK_N + tl.arange(0, TILES * BLOCK_N)
         places = at[:, None] + columns.to(tl.int64)[None, :] * by_key
-        visible = tl.load(places, mask=(columns < seqlen_k)[None, :], other=0).to(tl.int32)
+        visible = tl.load(places, mask=(columns < seqlen_k)[None, :], other=0)
         some = tl.max(tl.reshape(tl.max(visible, 0), [TILES, BLOCK_N]), 1) != 0
         every = tl.min(tl.reshape(tl.min(visible, 0), [TILES, BLOCK_N]), 1) != 0
         first = tl.minimum(first, tl.min(tl.where(some, tiles, count), 0))
@@ -70,8 +70,12 @@ def ranges_arguments(mask: Tensor, ranges: Tensor, rows: int, block_n: int) -> t
     """
     batch, heads, blocks, _ = ranges.shape
     seqlen_q, seqlen_k = mask.shape[2:]
-    several = mask.stride(2) != 0
+    *others, by_key = mask.stride()
+    if not others[2]:
+        rows, keys = 1, 2048
+    else:  # as much at once as is loaded 16 bytes at a time, for the memory to be busy
+        is_aligned = by_key == 1 and not any(stride % 16 for stride in others) and not mask.data_ptr() % 16
+        keys = 1024 if is_aligned else 256
     return (batch * heads * blocks, 1, 1), (
-        mask, ranges, *mask.stride(), heads, blocks, seqlen_q, seqlen_k,
-        rows if several else 1, 2 if several else 16, block_n,
+        mask, ranges, *others, by_key, heads, blocks, seqlen_q, seqlen_k, rows, keys // block_n, block_n,
     )  # fmt: skip

@@ -54,6 +54,7 @@ def masks():
         ("by head", torch.rand(3, 1, 1, generator=generator) < 0.5, (1, 3, 300, 700)),
         ("by query", torch.rand(300, 1, generator=generator) < 0.9, (1, 1, 300, 700)),
         ("transposed", (q >= k).T.contiguous().T, (1, 1, 300, 700)),
+        ("aligned", torch.arange(512)[:, None] + 300 >= torch.arange(1536), (2, 2, 512, 1536)),
         ("one query", torch.rand(1, 700, generator=generator) < 0.99, (1, 1, 1, 700)),
         ("one key", torch.ones(300, 1), (1, 1, 300, 1)),
         ("everything", torch.ones(()), (1, 2, 300, 700)),
@@ -97,6 +98,17 @@ def test_against_the_definition():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     child = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert child.returncode == 0 and child.stdout == "all cases ran\n", child.stdout + child.stderr
+
+
+def test_much_is_loaded_at_once():
+    from fa3_inductor.kernels.offline import SPILL_LIMIT, compile_offline
+    from fa3_inductor.kernels.ranges import ranges_arguments, ranges_kernel
+
+    whole = torch.empty(8192, 8192, dtype=torch.uint8, device="meta").expand(2, 4, 8192, 8192)
+    ranges = torch.empty(ranges_shape(whole, ROWS), dtype=torch.int32, device="meta")
+    _, args = ranges_arguments(whole, ranges, ROWS, 128)
+    report = compile_offline("ranges", ranges_kernel, args, {"num_warps": 16})
+    assert report.counts["LDG"] == 8 and report.spill_bytes <= SPILL_LIMIT  # of 16 bytes by 512 threads: 64 KB
 
 
 if __name__ == "__main__":
