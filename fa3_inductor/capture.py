@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from . import tracing
 from .opaque import EXPANSIONS
 from .patterns.layouts import NO_GRAD
+from .patterns.magnitude import LEARNED
 
 
 class CaptureError(RuntimeError):
@@ -280,6 +281,9 @@ def capture(gm: GraphModule) -> Capture:
         if node in recorder.origins:
             node.meta["fa3_origin"] = recorder.origins[node]
             node.meta[NO_GRAD] = not modes[recorder.origins[node]] and any(modes.values())
+    held = [n.meta.get("example_value") for n in placeholders] + [_attribute(gm, name) for name in attributes]
+    for node, value in zip(view.graph.find_nodes(op="placeholder"), held, strict=True):
+        node.meta[LEARNED] = isinstance(value, torch.nn.Parameter) and value.requires_grad
     captured_inputs = dict(zip(view.graph.find_nodes(op="placeholder"), placeholders, strict=False))
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
     return Capture(gm, view, time.perf_counter() - start, captured_inputs, recorder.history, order, modes)

@@ -295,21 +295,23 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
     if plan.empty is Empty.AS_WRITTEN and emit.trains:
         # Such a row has a gradient in q and k that only the whole matrix of weights gives.
         raise Rejected(
-            Reason.EMPTY_ROWS, "masks of several kinds in training; config.empty_rows = 'relaxed' accepts zeros there"
+            Reason.EMPTY_ROWS,
+            "masks of several kinds, or one beside a bias with a gradient, in training; "
+            "config.empty_rows = 'relaxed' accepts zeros there",
         )
     q, k, v = (emit.operand(x) for x in (spec.q, spec.k, spec.v))
     q, k, v = _expand_batch(emit, spec, (q, k, v))
     scale = _scale(emit, spec, q)
     if spec.scale.is_negative:  # fused kernels take the largest product for the largest score
         q, scale = emit.call(operator.neg, q), -scale
+    exact = plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO)
+    biased = any(t.kind is TermKind.BIAS and not t.ordinary for t in spec.terms) or plan.empty is Empty.AS_WRITTEN
+    # Where a row is empty, what a bias makes of it depends on every term of the user's sum.
+    whole = biased and not exact
     by_window = all(t.window is not None for t in spec.terms)
     if plan.target == "sdpa":
         by_window = by_window and _is_plain(spec.mask)
-        shaped = (
-            _Shaped(q, None, None, None)
-            if by_window
-            else _shape_scores(emit, spec, plan, q, spec.terms, plan.empty not in (Empty.IMPOSSIBLE, Empty.ZERO))
-        )
+        shaped = _Shaped(q, None, None, None) if by_window else _shape_scores(emit, spec, plan, q, spec.terms, whole)
         q, bias, mask, row_seen = shaped
         if bias is not None and mask is not None:
             mask = emit.call(torch.where, mask, bias, -math.inf)
@@ -328,10 +330,6 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
             **gqa,
         )
     else:
-        exact = plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO)
-        biased = any(t.kind is TermKind.BIAS for t in spec.terms) or plan.empty is Empty.AS_WRITTEN
-        # Where a row is empty, what a bias makes of it depends on every term of the user's sum.
-        whole = biased and not exact
         as_tensors = spec.terms if whole else tuple(t for t in spec.terms if t.window is None)
         q, bias, mask, row_seen = _shape_scores(emit, spec, plan, q, as_tensors, whole)
         left = right = None
@@ -414,12 +412,10 @@ def _shape_scores(
             bias = emit.call(torch.where, x, 0.0 if bias is None else bias, term.fill)
         else:
             mask = x if mask is None else emit.call(torch.logical_and, mask, x)
-    if bias is None:
+    if bias is None or not lifts:
         needs_rows = plan.empty not in (Empty.IMPOSSIBLE, Empty.ZERO)
         seen = emit.call("any", mask, -1, keepdim=True) if mask is not None and needs_rows else None
-        return _Shaped(q, None, mask, seen)
-    if not lifts:
-        return _Shaped(q, _as_mask_dtype(emit, spec, plan, bias, q), mask, None)
+        return _Shaped(q, None if bias is None else _as_mask_dtype(emit, spec, plan, bias, q), mask, seen)
     masked = emit.call("detach", bias if mask is None else emit.call(torch.where, mask, bias, -math.inf))
     top = emit.call("amax", masked, -1, keepdim=True)
     # A row far below zero (a finite mask over all its keys) loses the scores in the rounding of its log-sum-exp, on

@@ -36,6 +36,7 @@ class Added:
     coefficient: sympy.Expr
     dtype: torch.dtype
     narrowed: bool = False  # the sum was cast to a dtype of smaller range afterwards
+    raised: bool = False  # where the sum was lower than a hugely negative number, it was replaced by that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +123,8 @@ def _read(algebra: Algebra, node: Any, index: Index) -> Scores:
         return _hidden(algebra, node, index)
     if kind is aten.tanh:
         return _capped(algebra, node, index)
+    if kind in (aten.maximum, aten.max, aten.clamp, aten.clamp_min) and len(node.args) == 2:
+        return _raised(algebra, node, index)
     if kind is aten.cat:
         return _joined(algebra, node, index)
     return _not_understood(algebra, node, index)
@@ -213,6 +216,25 @@ def _capped(algebra: Algebra, node: Node, index: Index) -> Scores:
     if scores.terms or scores.shifted or scores.softcap is not None:
         raise NotScores(Reason.SCORE_OP, f"'{node.name}' caps scores that are more than a scaled product")
     return _extend(scores, node, "softcap", softcap=ONE)
+
+
+# No score of a trained model is as low as this, so that raising what is changes masked ones alone.
+_BELOW_ANY_SCORE = -1e30
+
+
+def _raised(algebra: Algebra, node: Node, index: Index) -> Scores:
+    """max(s, least): what keeps a mask added to the scores from overflowing to -inf."""
+    operands = _operands(algebra, node, index)
+    position, scores = _either(algebra, operands)
+    least = algebra.value(*operands[1 - position])
+    if isinstance(least, Choice) or not least.is_number or not least.is_finite or least > _BELOW_ANY_SCORE:
+        raise NotScores(Reason.SCORE_OP, f"'{node.name}' raises scores to something else than a hugely negative number")
+    _check_no_sink(scores, node)
+    terms = tuple(
+        dataclasses.replace(t, raised=True) if isinstance(t, Added) else dataclasses.replace(t, fill=max(t.fill, least))
+        for t in scores.terms
+    )
+    return _extend(scores, node, "raised", terms=terms)
 
 
 def _added(algebra: Algebra, node: Node, index: Index) -> Scores:

@@ -73,7 +73,8 @@ class Term:
 
     ``window`` is set where the term is nothing but a proved window, ``fill`` is what KEEP and DROP write over hidden
     scores. ``swallows`` is the value below which an added one leaves nothing of the score that it is added to, None if
-    none is that low. ``known`` is whether its values are known to be 0 or those of a mask.
+    none is that low. ``known`` is whether its values are known to be 0 or those of a mask, ``ordinary`` whether a
+    BIAS is known to hold nothing but numbers that no mask of this attention is moved by.
     """
 
     kind: TermKind
@@ -83,6 +84,7 @@ class Term:
     fill: float = -math.inf
     swallows: float | None = None
     known: bool = True
+    ordinary: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

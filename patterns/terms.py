@@ -1,12 +1,16 @@
 """Masks and biases: each thing added to the scores or written over them as an operand, and what they prove together."""
 
+import math
+
 import sympy
 import torch
+from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
 from .algebra import Algebra, leaves, to_number
 from .indices import Index, Space
 from .layouts import NO_GRAD, layout_step, packet, tensor
+from .magnitude import magnitude, may_have_gradient
 from .masks import FULL, Axes, Mask, no_row_is_empty, prove
 from .operands import Roles, widens
 from .reasons import Reason
@@ -29,8 +33,10 @@ def read_terms(
     terms: list[Term] = []
     kinds: list[Empty] = []
     conditions = []
-    for raw_term in raw:
-        condition = visible_where(algebra, raw_term)
+    shown = [visible_where(algebra, term) for term in raw]
+    least_fill = _least_fill(algebra, raw, shown)
+    ordinary = _ordinary(raw, shown, least_fill)
+    for position, (raw_term, condition) in enumerate(zip(raw, shown)):
         window = None
         if condition is not None:
             conditions.append(condition)
@@ -55,25 +61,71 @@ def read_terms(
         kind = TermKind.MASK if condition is not None and empty is not None else TermKind.BIAS
         known = condition is not None
         swallows = None if known and empty is None else swallows_below(raw_term.dtype)
-        terms.append(Term(kind, operand, window, float(raw_term.coefficient), swallows=swallows, known=known))
-        kinds.append(empty or Empty.NAN_SCORES)
+        coefficient = float(raw_term.coefficient)
+        is_ordinary = position in ordinary
+        terms.append(Term(kind, operand, window, coefficient, swallows=swallows, known=known, ordinary=is_ordinary))
+        if not is_ordinary:
+            kinds.append(empty or Empty.NAN_SCORES)
     mask = prove(space, sympy.And(*conditions), axes)
     if mask.nothing_visible:
         raise Rejected(Reason.EMPTY_ROWS, "every key of every query is masked")
-    if all(t.window is not None for t in terms) and no_row_is_empty(mask, axes):
+    if not kinds or all(t.ordinary or t.window is not None for t in terms) and no_row_is_empty(mask, axes):
         return tuple(terms), mask, Empty.IMPOSSIBLE
     several = set(kinds)
     if len(several) == 1 and (len(kinds) == 1 or kinds[0] not in (Empty.MEAN, Empty.MEAN_SCORES)):
         empty = kinds[0]
-    elif len(several) == 1 and len({t.fill for t in terms}) == 1 and kinds[0] is Empty.MEAN:
+    elif len(several) == 1 and len({t.fill for t in terms if not t.ordinary}) == 1 and kinds[0] is Empty.MEAN:
         empty = Empty.MEAN
     else:
         empty = Empty.NAN_SCORES if several <= {Empty.NAN, Empty.NAN_SCORES} else Empty.AS_WRITTEN
+    if ordinary and not _leave_empty_rows_alone(raw, ordinary, least_fill, empty):
+        empty = Empty.NAN_SCORES if empty in (Empty.NAN, Empty.NAN_SCORES) else Empty.AS_WRITTEN
     if any(isinstance(t, Added) and t.narrowed for t in raw):
         raise Rejected(Reason.EMPTY_ROWS, "a sum of scores and mask is cast to a dtype in which it may overflow")
+    if any(isinstance(t, Added) and t.raised for t in raw):
+        if empty is not Empty.MEAN_SCORES:
+            raise Rejected(
+                Reason.EMPTY_ROWS, "masked scores are raised to a number, which a masked row then depends on"
+            )
+        empty = Empty.AS_WRITTEN  # nothing is lower than that mask's number, but half of the gradient ends there
     if empty is Empty.AS_WRITTEN:
         _check_as_written(raw)
     return tuple(terms), mask, empty
+
+
+def _least_fill(algebra: Algebra, raw: tuple[Added | Hidden, ...], shown: list[Boolean | None]) -> float:
+    """How far below zero the masks at least put the score of a hidden key."""
+    fills = [
+        abs(float(value))
+        for term, condition in zip(raw, shown)
+        if condition is not None
+        for value in ([term.fill] if isinstance(term, Hidden) else _added_values(algebra, term))
+    ]
+    return min(fills, default=math.inf)
+
+
+def _ordinary(raw: tuple[Added | Hidden, ...], shown: list[Boolean | None], least_fill: float) -> dict[int, float]:
+    """The positions of the biases too small to bring back a key that a mask hides, and how large they are."""
+    sizes = {}
+    for position, (term, condition) in enumerate(zip(raw, shown)):
+        if isinstance(term, Added) and condition is None and term.coefficient.is_number:
+            size = abs(float(term.coefficient)) * magnitude(term.node)
+            if math.isfinite(size) and size <= least_fill / 4:
+                sizes[position] = size
+    return sizes
+
+
+def _leave_empty_rows_alone(
+    raw: tuple[Added | Hidden, ...], ordinary: dict[int, float], least_fill: float, empty: Empty
+) -> bool:
+    """Whether the ordinary biases have no part in what a row is that the masks hide all of, gradients included."""
+    if any(isinstance(term, Hidden) for term in raw[: max(ordinary)]):
+        return False
+    if empty is not Empty.MEAN_SCORES:
+        return True  # what the masks write over the scores is written over the biases
+    eps = max(torch.finfo(term.dtype).eps for term in raw if isinstance(term, Added))
+    are_lost = max(ordinary.values()) <= least_fill * eps / 4  # in the rounding, as the scores are
+    return are_lost and not any(may_have_gradient(raw[position].node) for position in ordinary)
 
 
 def _check_as_written(raw: tuple[Added | Hidden, ...]) -> None:
@@ -93,9 +145,14 @@ def hides_by_infinity(algebra: Algebra, term: Added | Hidden) -> bool:
     return all(v.is_zero or v == -sympy.oo for v in values)
 
 
+def _added_values(algebra: Algebra, term: Added) -> list[sympy.Expr]:
+    """What a mask adds to the scores of hidden keys."""
+    return [v * term.coefficient for v in leaves(to_number(algebra.value(term.node, term.index))) if not v.is_zero]
+
+
 def _added_empty(algebra: Algebra, term: Added) -> Empty | None:
     """What an added mask makes of an empty row; None for an offset small enough that softmax sees the scores."""
-    values = [v * term.coefficient for v in leaves(to_number(algebra.value(term.node, term.index))) if not v.is_zero]
+    values = _added_values(algebra, term)
     if all(v == -sympy.oo for v in values):
         return Empty.NAN_SCORES
     if len(set(values)) == 1 and values[0].is_finite and float(values[0]) <= swallows_below(term.dtype):
