@@ -1,5 +1,6 @@
 """The pass: one Dynamo graph in, the same graph with its attentions fused, and a report of what was done."""
 
+import collections
 import itertools
 import logging
 import time
@@ -35,6 +36,9 @@ _ANCHORS = {
     *(f.__name__ for f in EXPANSIONS),
 }
 
+# Two of these around an exponential may be an attention whose softmax is written out.
+_PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm", "einsum")
+
 
 def rewrite_graph(gm: GraphModule) -> GraphReport:
     """Fuse the attentions of a Dynamo graph, in place, and record and return the report.
@@ -61,7 +65,9 @@ def rewrite_graph(gm: GraphModule) -> GraphReport:
 
 def has_anchor(gm: GraphModule) -> bool:
     """Whether a graph could hold an attention at all; costs microseconds a node."""
-    return any(_target_name(node) in _ANCHORS for node in gm.graph.nodes)
+    names = collections.Counter(map(_target_name, gm.graph.nodes))
+    is_written_out = names["exp"] + names["exp_"] > 0 and sum(names[name] for name in _PRODUCTS) > 1
+    return is_written_out or not _ANCHORS.isdisjoint(names)
 
 
 def _target_name(node: Node) -> str:

@@ -19,6 +19,7 @@ from .reasons import Reason
 from .scores import Added, Hidden, NotScores, Scores, read_scores
 from .spec import AttentionSpec, Empty, Rejected, Term, TermKind
 from .terms import empty_beside_sink, hides_by_infinity, read_sink, read_terms
+from .written import EMPTY_ROWS, Written, put_together
 
 aten = torch.ops.aten
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Found:
 
 def find_attention(graph: Graph, algebra: Algebra) -> Iterator[Found]:
     """Every attention in a captured graph, in graph order. A softmax that is no attention is passed over."""
+    put_together(graph)
     for node in list(graph.nodes):
         kind = packet(node)
         if kind is aten.scaled_dot_product_attention:
@@ -120,6 +122,8 @@ def _walk_down(softmax: Node) -> _Weights | None:
             if training and p:
                 dropout_p = p
                 words.append("dropout")
+        elif packet(node) is aten.nan_to_num:
+            words.append("nan_to_num")
     operands = _product_operands(node)
     if others:
         what = (
@@ -158,6 +162,8 @@ _WEIGHT_OPS = (aten._to_copy, aten.to, aten.type_as, aten.dropout, aten.slice)
 def _keeps_weights(node: Node) -> bool:
     if packet(node) in (aten._to_copy, aten.to, aten.type_as):
         return tensor(node).dtype.is_floating_point
+    if packet(node) is aten.nan_to_num:
+        return not argument(node, 1, "nan")
     return packet(node) in _WEIGHT_OPS + LAYOUT_OPS
 
 
@@ -330,6 +336,7 @@ class _Reading:
         if softcap is not None and not softcap.is_number:
             raise Rejected(Reason.TENSOR_SCALE, f"the soft cap is {softcap}")
         terms, mask, empty = read_terms(self.algebra, view.scores.terms, roles, axes)
+        empty = _as_written(self.softmax, self.weights, empty)
         sinks = None
         if view.scores.sink is not None:
             sinks = read_sink(space, view.scores.sink, roles)
@@ -363,6 +370,26 @@ class _Reading:
             sinks=sinks,
         )
         return spec, (*view.scores.nodes, *self.weights.nodes, product)
+
+
+def _as_written(softmax: Node, weights: _Weights, empty: Empty) -> Empty:
+    """What an empty row gives where the softmax is written out, or NaN in the weights is replaced by zeros."""
+    if empty is Empty.IMPOSSIBLE:
+        return empty
+    match softmax.meta.get(EMPTY_ROWS):
+        case Written.BY_INFINITY if empty not in (Empty.NAN, Empty.NAN_SCORES):
+            raise Rejected(Reason.EMPTY_ROWS, "the softmax is written out, and hides scores by a number")
+        case Written.MULTIPLIED:
+            empty = Empty.NAN_SCORES
+        case Written.UNCLEAR:
+            raise Rejected(
+                Reason.EMPTY_ROWS, "the softmax is written out, with a sum that may be zero and a small number"
+            )
+    if "nan_to_num" in weights.words:
+        if empty is Empty.NAN_SCORES:
+            raise Rejected(Reason.EMPTY_ROWS, "weights of NaN become zero, but their gradient stays NaN")
+        empty = Empty.ZERO if empty is Empty.NAN else empty
+    return empty
 
 
 def _contracted_size(view: _View) -> Any:

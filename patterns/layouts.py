@@ -25,10 +25,38 @@ Rule = Callable[[Space, Node, Index], Step | None]
 _RULES: dict[torch._ops.OpOverloadPacket, Rule] = {}
 
 
+# Other names of the same operators, with the same arguments. A trace from before autograd keeps them apart.
+_ALIASES = {
+    aten.subtract: aten.sub,
+    aten.multiply: aten.mul,
+    aten.divide: aten.div,
+    aten.true_divide: aten.div,
+    aten.negative: aten.neg,
+    aten.absolute: aten.abs,
+    aten.greater: aten.gt,
+    aten.greater_equal: aten.ge,
+    aten.less: aten.lt,
+    aten.less_equal: aten.le,
+    aten.not_equal: aten.ne,
+    aten.clip: aten.clamp,
+    aten.concat: aten.cat,
+    aten.concatenate: aten.cat,
+    aten.linalg_matmul: aten.matmul,
+    aten.special_softmax: aten.softmax,
+    aten.special_log_softmax: aten.log_softmax,
+    aten.special_logsumexp: aten.logsumexp,
+    aten.special_expit: aten.sigmoid,
+    aten.special_exp2: aten.exp2,
+    aten.special_log1p: aten.log1p,
+}
+
+
 def packet(node: object) -> torch._ops.OpOverloadPacket | None:
-    """The ATen operator that a node calls, without its overload."""
+    """The ATen operator that a node calls, by one of its names and without its overload."""
     target = getattr(node, "target", None)
-    return target.overloadpacket if isinstance(target, torch._ops.OpOverload) else None
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    return _ALIASES.get(target.overloadpacket, target.overloadpacket)
 
 
 def argument(node: Node, position: int, name: str, default: object = None) -> object:

@@ -29,6 +29,9 @@ _SELECTIONS += (aten.repeat_interleave, aten.embedding, aten.flip, aten.roll, at
 _SELECTIONS += (aten.detach, aten.lift_fresh, aten.lift_fresh_copy, aten.broadcast_to, aten.split, aten.chunk)
 _SELECTIONS += (aten.unbind, aten.take_along_dim, aten.diagonal, aten.narrow)
 
+# What these make of activations is as large as the scores, which are products of such.
+_LAYERS = (aten.linear, aten.conv1d, aten.conv2d, aten.convolution, aten.layer_norm, aten.rms_norm, aten.group_norm)
+
 _FILLS = {aten.zeros: 0.0, aten.zeros_like: 0.0, aten.new_zeros: 0.0, aten.ones: 1.0, aten.ones_like: 1.0}
 _FILLS |= {aten.new_ones: 1.0}
 _FILL_VALUES = {aten.full: 1, aten.full_like: 1, aten.new_full: 2, aten.scalar_tensor: 0}
@@ -92,7 +95,7 @@ def _bounds(node: Node) -> Bounds | None:
     kind = packet(node)
     if kind in _SELECTIONS:
         return bounds(node.args[0])
-    if is_product(node):
+    if is_product(node) or kind in _LAYERS:
         return -ORDINARY, ORDINARY
     if kind in _FILLS:
         return _FILLS[kind], _FILLS[kind]
@@ -168,6 +171,12 @@ def _reciprocal(node: Node) -> Bounds | None:
     return 1 / inside[1], 1 / inside[0]
 
 
+def _activation(node: Node) -> Bounds | None:
+    """SiLU and GELU: between -1 and 0 below zero, and no larger than their argument above."""
+    inside = bounds(node.args[0])
+    return None if inside is None else (min(inside[0], 0.0) and -1.0, max(inside[1], 0.0))
+
+
 def _absolute(node: Node) -> Bounds | None:
     inside = bounds(node.args[0])
     return None if inside is None else (0.0, max(map(abs, inside)))
@@ -214,6 +223,9 @@ _RULES: dict[object, Callable[[Node], Bounds | None]] = {
     aten.sign: lambda node: (-1.0, 1.0),
     aten.tanh: lambda node: bounds(node.args[0]) and (-1.0, 1.0),
     aten.sigmoid: lambda node: bounds(node.args[0]) and (0.0, 1.0),
+    aten.silu: _activation,
+    aten.gelu: _activation,
+    aten.softmax: lambda node: bounds(node.args[0]) and (0.0, 1.0),
     aten.minimum: _corners(min),
     aten.maximum: _corners(max),
     aten.min: lambda node: _corners(min)(node) if len(node.args) == 2 and isinstance(node.args[1], Node) else None,
@@ -224,5 +236,6 @@ _RULES: dict[object, Callable[[Node], Bounds | None]] = {
     aten.masked_fill: lambda node: _union([bounds(node.args[0]), bounds(node.args[2])]),
     aten.cat: lambda node: _union([bounds(x) for x in node.args[0]]),
     aten.stack: lambda node: _union([bounds(x) for x in node.args[0]]),
+    aten.pad: lambda node: _union([bounds(node.args[0]), bounds(argument(node, 3, "value") or 0)]),
     aten.constant_pad_nd: lambda node: _union([bounds(node.args[0]), bounds(argument(node, 2, "value", 0))]),
 }

@@ -246,7 +246,7 @@ def _added(algebra: Algebra, node: Node, index: Index) -> Scores:
     if factors[position] != 1:
         raise NotScores(Reason.SCORE_OP, f"'{node.name}' subtracts the scores")
     other, other_index = operands[1 - position]
-    maximum = _maximum_of(other, operands[position][0]) if factors[1 - position] == -1 else None
+    maximum = maximum_of(other, operands[position][0]) if factors[1 - position] == -1 else None
     if maximum is not None:  # a softmax over the same keys does not see it, infinities and NaN included
         nodes, dim = maximum
         scores = dataclasses.replace(scores, nodes=(*nodes, *scores.nodes))
@@ -257,10 +257,13 @@ def _added(algebra: Algebra, node: Node, index: Index) -> Scores:
     return _extend(scores, node, "+ mask", terms=scores.terms + terms, shifted=shifted)
 
 
-def _maximum_of(node: Any, source: Node) -> tuple[tuple[Node, ...], int] | None:
+def maximum_of(node: Any, source: Node) -> tuple[tuple[Node, ...], int] | None:
     """The nodes that take the largest entry of each row of ``source``, and the dimension that they take it over."""
     if not _is_tensor(node) or node.op != "call_function":
         return None
+    if packet(node) is aten.detach:  # what a softmax does not see has no gradient either
+        inside = maximum_of(node.args[0], source)
+        return None if inside is None else ((node, *inside[0]), inside[1])
     reduction = node
     if node.target is operator.getitem and node.args[1] == 0 and packet(node.args[0]) is aten.max:
         reduction = node.args[0]

@@ -48,6 +48,8 @@ BOUNDED = {
     "padded": lambda: torch.nn.functional.pad(positions() + 5, (1, 1)),
     "squashed": lambda: torch.sigmoid(positions() - 3.0) * 16 - torch.tanh(positions() / 5),
     "rooted": lambda: torch.sqrt(positions().float()).exp().neg().relu(),
+    "activations": lambda: torch.nn.functional.silu(positions() - 9.0) + torch.nn.functional.gelu(9.0 - positions()),
+    "subtracted": lambda: torch.subtract(positions(), torch.multiply(positions(), 3)),
     "comparison": lambda: positions() >= 3,
     "moved around": lambda: (positions() - 3).view(4, 6).mT[1:, ::2].flip(0).repeat(2, 1).expand(2, -1, -1),
     "picked": lambda: (positions() - 3)[torch.tensor([1, 5, -1])],
