@@ -29,6 +29,7 @@ _numbers = itertools.count()
 # What an attention can be anchored at, by the name that Dynamo gives it. A graph with none of these is not captured.
 _ANCHORS = {
     "softmax",
+    "special_softmax",
     "_softmax",
     "_safe_softmax",
     "scaled_dot_product_attention",
@@ -37,7 +38,7 @@ _ANCHORS = {
 }
 
 # Two of these around an exponential may be an attention whose softmax is written out.
-_PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm", "einsum")
+_PRODUCTS = ("matmul", "__matmul__", "linalg_matmul", "bmm", "baddbmm", "einsum")
 
 
 def rewrite_graph(gm: GraphModule) -> GraphReport:

@@ -68,14 +68,14 @@ def operators_by_their_other_names(q, k, v):
     scores = torch.divide(torch.linalg.matmul(q, k.mT), q.size(-1) ** 0.5)
     positions = torch.arange(k.size(-2), device=q.device)
     hidden = torch.greater(torch.subtract(positions, positions[: q.size(-2), None]), 0)
-    return torch.linalg.matmul(torch.special.softmax(scores.masked_fill(hidden, -INF), -1), v)
+    return torch.linalg.matmul(torch.special.softmax(scores.masked_fill(hidden, INF), -1), v)
 
 
 @form("causal")
 def mask_by_its_other_names(q, k, v):
     positions = torch.arange(k.size(-2), device=q.device)
     visible = torch.less_equal(positions, torch.negative(torch.negative(positions[: q.size(-2), None])))
-    offset = torch.multiply(torch.subtract(1.0, visible.to(q.dtype)), -1e4)
+    offset = torch.multiply(torch.subtract(1.0, visible.to(q.dtype)), -3e4)
     scores = torch.true_divide(torch.concatenate([q, q], -1) @ torch.concat([k, k], -1).mT, 8.0)
     return F.softmax(torch.add(scores, offset), -1) @ v
 
