@@ -331,6 +331,9 @@ def _split_sum(
     # (A sum of bools is an or, and one of integers may wrap around.)
     if not tensor(inner).is_floating_point():
         return (Added(node, index, coefficient, dtype),)
+    ends = set().union(*(entry.free_symbols for entry in index[-2:]))
+    if any(part.free_symbols & ends for entry in inner_index for part in entry.atoms(sympy.floor, sympy.Mod)):
+        return (Added(node, index, coefficient, dtype),)  # by then, queries and keys are rows and columns of an image
     if packet(inner) is aten.add and argument(inner, 2, "alpha", 1) == 1 and all(_is_tensor(x) for x in inner.args[:2]):
         parts = [(x, broadcast_index(inner_index, shape_exprs(tensor(x)))) for x in inner.args[:2]]
         return tuple(t for x, i in parts for t in _split_sum(algebra, x, i, coefficient, dtype))

@@ -196,3 +196,17 @@ def test_a_bias_that_is_dropped_out_is_no_ordinary_one():
 
     report = same_as_eager(Model().eval(), qkv(), True)
     assert [s.status for s in report.sites] == ["fused"]
+
+
+@TARGETS
+def test_a_sum_over_rows_and_columns_of_an_image(target):
+    """The summands have axes for rows and columns, which only their sum has in one."""
+
+    def attention(q, k, v, rows, columns):
+        rows = rows[:, :, None, :, None].expand(-1, -1, 6, -1, 6)
+        columns = columns[:, :, None, :, None].expand(-1, -1, 4, -1, 4).permute(0, 2, 1, 4, 3)
+        return (scores(q, k) + (rows + columns).reshape(H, 24, 24)).softmax(-1) @ v
+
+    args = [*(torch.randn(2, H, 24, D) for _ in range(3)), torch.randn(H, 4, 4), torch.randn(H, 6, 6)]
+    report = same_as_eager(attention, args, False, target)
+    assert [(site.status, site.mask) for site in report.sites] == [("fused", "bias")], report.sites[0].verdict
