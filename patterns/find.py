@@ -164,6 +164,8 @@ def _keeps_weights(node: Node) -> bool:
         return tensor(node).dtype.is_floating_point
     if packet(node) is aten.nan_to_num:
         return not argument(node, 1, "nan")
+    if packet(node) is aten.masked_fill:
+        return isinstance(node.args[2], (int, float)) and node.args[2] == 0
     return packet(node) in _WEIGHT_OPS + LAYOUT_OPS
 
 
@@ -209,6 +211,7 @@ class _View:
     v_node: Node
     v_index: Index
     query_row: sympy.Expr  # the index of the score axis just before the keys
+    zeroed: tuple[tuple[Node, Index], ...]  # conditions under which the weights are overwritten by zero
 
 
 class _Reading:
@@ -240,9 +243,13 @@ class _Reading:
         sides = [(pv.a, pv.a_index), (pv.b, pv.b_index)]
         node, at = sides[self.weights.operand]
         v_node, v_index = sides[1 - self.weights.operand]
+        zeroed = []
         for expected in reversed(self.weights.nodes[1:]):
             if node is not expected:
                 raise Rejected(Reason.LAYOUT, f"'{node.name}' stands between the weights and the values")
+            if packet(node) is aten.masked_fill:
+                condition = node.args[1]
+                zeroed.append((condition, broadcast_index(at, shape_exprs(tensor(condition)))))
             step = layout_step(space, node, at)
             node, at = step if step is not None else (node.args[0], at)
         k = at[self.dim]
@@ -262,7 +269,7 @@ class _Reading:
             raise Rejected(Reason.LAYOUT, "both or neither operand of the score product run over the keys")
         q, key = (b, a) if in_a else (a, b)
         row = at[self.dim - 1] if self.dim else ZERO
-        return _View(tuple(index), k, scores, *q, *key, v_node, v_index, row)
+        return _View(tuple(index), k, scores, *q, *key, v_node, v_index, row, tuple(zeroed))
 
     def name_axes(self, view: _View, splits: dict[sympy.Symbol, sympy.Expr]) -> list[tuple[str, ...]]:
         """Give the axes of the result their roles: "q", "d" and, for the rest in order, "b", "h", "h2", …"""
@@ -336,7 +343,7 @@ class _Reading:
         if softcap is not None and not softcap.is_number:
             raise Rejected(Reason.TENSOR_SCALE, f"the soft cap is {softcap}")
         terms, mask, empty = read_terms(self.algebra, view.scores.terms, roles, axes)
-        empty = _as_written(self.softmax, self.weights, empty)
+        empty = _as_written(self.softmax, self.weights, view, empty)
         sinks = None
         if view.scores.sink is not None:
             sinks = read_sink(space, view.scores.sink, roles)
@@ -372,8 +379,12 @@ class _Reading:
         return spec, (*view.scores.nodes, *self.weights.nodes, product)
 
 
-def _as_written(softmax: Node, weights: _Weights, empty: Empty) -> Empty:
-    """What an empty row gives where the softmax is written out, or NaN in the weights is replaced by zeros."""
+def _as_written(softmax: Node, weights: _Weights, view: _View, empty: Empty) -> Empty:
+    """What an empty row gives where the softmax is written out, or its weights are replaced by zeros."""
+    raw = view.scores.terms
+    for condition, index in view.zeroed:
+        if not any(isinstance(t, Hidden) and t.hides and (t.node, t.index) == (condition, index) for t in raw):
+            raise Rejected(Reason.WEIGHTS_OP, f"they are hidden by '{condition.name}', which the scores are not")
     if empty is Empty.IMPOSSIBLE:
         return empty
     match softmax.meta.get(EMPTY_ROWS):
@@ -385,6 +396,10 @@ def _as_written(softmax: Node, weights: _Weights, empty: Empty) -> Empty:
             raise Rejected(
                 Reason.EMPTY_ROWS, "the softmax is written out, with a sum that may be zero and a small number"
             )
+    if view.zeroed:
+        if len(raw) > 1:
+            raise Rejected(Reason.EMPTY_ROWS, "of several masks one hides the weights as well")
+        empty = Empty.ZERO
     if "nan_to_num" in weights.words:
         if empty is Empty.NAN_SCORES:
             raise Rejected(Reason.EMPTY_ROWS, "weights of NaN become zero, but their gradient stays NaN")

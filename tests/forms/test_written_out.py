@@ -216,3 +216,30 @@ def test_nan_to_num(added, grads):
 def test_nan_to_some_other_number():
     report = same_as_eager(lambda q, k, v: scores(q, k).softmax(-1).nan_to_num(1.0) @ v, qkv(), True)
     assert [site.reason.name for site in report.sites] == ["WEIGHTS_OP"]
+
+
+@TARGETS
+@pytest.mark.parametrize("grads", [False, True])
+@pytest.mark.parametrize("fill", [INF, -1e9])
+@pytest.mark.parametrize("mask, proved", [(causal, "causal"), (padding, "mask[b, k]")])
+def test_hidden_again_after_the_softmax(mask, proved, fill, grads, target):
+    def attention(q, k, v):
+        hidden = ~mask(q)
+        return scores(q, k).masked_fill(hidden, fill).softmax(-1).masked_fill(hidden, 0.0) @ v
+
+    (site,) = same_as_eager(attention, qkv(), grads, target).sites
+    assert (site.status, site.mask) == ("fused", proved), site.verdict
+
+
+@pytest.mark.parametrize("case", ["never before", "another", "the opposite", "by a number", "of several"])
+def test_hidden_after_the_softmax_otherwise(case):
+    def attention(q, k, v):
+        s, hidden = scores(q, k), ~padding(q)
+        before = {"never before": None, "another": ~causal(q), "the opposite": ~hidden}.get(case, hidden)
+        if case == "of several":
+            s = s.masked_fill(torch.arange(S, device=q.device) > 5, -1e9)
+        s = s if before is None else s.masked_fill(before, -1e9)
+        return s.softmax(-1).masked_fill(hidden, 0.5 if case == "by a number" else 0.0) @ v
+
+    (site,) = same_as_eager(attention, qkv(), True).sites
+    assert site.reason.name == ("EMPTY_ROWS" if case == "of several" else "WEIGHTS_OP")
