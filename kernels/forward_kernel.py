@@ -128,12 +128,12 @@ def _kv_range(
 
 
 @gluon.jit
-def _full_range(place, ranges):
-    """Of these KV tiles the mask hides nothing from a consumer's rows."""
+def _full_end(place, window, ranges, WHICH: gl.constexpr):
+    """Of the KV tiles in which the mask hides nothing from a consumer's rows, the first (2) or the one after (3)."""
     batch, head, row0 = place
     ptr, by_batch, by_head, by_block = ranges
-    at = ptr + (batch.to(gl.int64) * by_batch + head * by_head + row0 // ROWS * by_block) * 4
-    return gl.load(at + 2), gl.load(at + 3)
+    block = gl.minimum(row0, window[0] - 1) // ROWS * by_block
+    return gl.load(ptr + (batch.to(gl.int64) * by_batch + head * by_head + block) * 4 + WHICH)
 
 
 @gluon.jit
@@ -478,10 +478,9 @@ def _consume(
         if RIGHT:
             open_stop = gl.minimum(open_stop, gl.maximum(gl.minimum(row0 + right + 1, seqlen_k), 0) // BLOCK_N)
         if ranges is not None:
-            full_first, full_stop = _full_range((batch, head, gl.minimum(row0, seqlen_q - 1)), ranges)
-            open_stop = gl.minimum(open_stop, full_stop)
-        open_stop = gl.maximum(open_stop, first)
+            open_stop = gl.minimum(open_stop, _full_end(place, window, ranges, 3))
         if RIGHT or ranges is not None:
+            open_stop = gl.maximum(open_stop, first)
             o, packed, l_i, m_i, it = _kv_loop(
                 o, packed, l_i, m_i, it, tile, open_stop, place, scale,
                 q, k_smem, v_smem, k_full, v_full, operands, window,
@@ -491,9 +490,10 @@ def _consume(
         if LEFT:
             low = gl.maximum(gl.minimum(row0 + ROWS, seqlen_q) - 1 - left, 0)
             open_first = gl.maximum(open_first, (low + BLOCK_N - 1) // BLOCK_N)
-        if ranges is not None:
-            open_first = gl.maximum(open_first, full_first)
-        open_first = gl.minimum(open_first, open_stop)
+        if ranges is not None:  # (read only now, for the registers)
+            open_first = gl.maximum(open_first, _full_end(place, window, ranges, 2))
+        if LEFT or ranges is not None:
+            open_first = gl.minimum(open_first, open_stop)
         o, packed, l_i, m_i, it = _kv_loop(
             o, packed, l_i, m_i, it, open_stop, open_first, place, scale,
             q, k_smem, v_smem, k_full, v_full, operands, window,
