@@ -19,7 +19,7 @@ from .products import is_product
 aten = torch.ops.aten
 
 LEARNED = "fa3_learned"  # set in the meta of a captured input that is a parameter with a gradient
-ORDINARY = 1e3
+ORDINARY = 1e2
 
 Bounds = tuple[float, float]
 

@@ -93,6 +93,11 @@ def read_terms(
     return tuple(terms), mask, empty
 
 
+# Beyond this a bias may be a mask that was not read as one; and the rounding of a row's log-sum-exp, on which gradients
+# rely, would show.
+_LARGEST_BIAS = 2048.0
+
+
 def _least_fill(algebra: Algebra, raw: tuple[Added | Hidden, ...], shown: list[Boolean | None]) -> float:
     """How far below zero the masks at least put the score of a hidden key."""
     fills = [
@@ -110,7 +115,7 @@ def _ordinary(raw: tuple[Added | Hidden, ...], shown: list[Boolean | None], leas
     for position, (term, condition) in enumerate(zip(raw, shown)):
         if isinstance(term, Added) and condition is None and term.coefficient.is_number:
             size = abs(float(term.coefficient)) * magnitude(term.node)
-            if math.isfinite(size) and size <= least_fill / 4:
+            if size <= min(least_fill / 4, _LARGEST_BIAS):
                 sizes[position] = size
     return sizes
 

@@ -20,9 +20,9 @@ def scores(q, k):
     return q @ k.mT * D**-0.5
 
 
-def padding(device):
+def padding(device, samples=2):
     """The second sample is nothing but padding."""
-    lengths = torch.tensor([15, 0], device=device)
+    lengths = torch.tensor([15, 0], device=device)[:samples]
     return (torch.arange(S, device=device) < lengths[:, None])[:, None, None]
 
 
@@ -148,6 +148,27 @@ def test_what_may_be_a_mask(kind, first, target):
     args = [*qkv(), bias] if kind == "input" else qkv()
     for grads in (False, True):
         same_as_eager(Model(), args, grads, target)
+
+
+def with_one_factor(s, bias):
+    return s + (bias + added(padding(s.device, s.size(0)))) * 0.5
+
+
+def through_a_minimum(s, bias):
+    return s + torch.minimum(bias, added(padding(s.device, s.size(0))))
+
+
+@TARGETS
+@pytest.mark.parametrize("combine", [with_one_factor, through_a_minimum])
+def test_a_mask_that_is_part_of_a_bias(combine, target):
+    """Its numbers are finite, but no ordinary ones."""
+
+    def attention(q, k, v):
+        return combine(scores(q, k), alibi(q.device)).softmax(-1) @ v
+
+    same_as_eager(attention, qkv(), False, target)
+    (site,) = same_as_eager(attention, [x[:1] for x in qkv()], True, target).sites  # no row of these is empty
+    assert site.status == "fused"
 
 
 @TARGETS
