@@ -294,7 +294,7 @@ def launch_arguments(
 
 
 def kv_tiles(seqlen_q: int, seqlen_k: int, left: int | None, right: int | None, tile_m: int, block_n: int) -> list[int]:
-    """How many KV tiles each row tile has, as the kernel's `_kv_range` counts them."""
+    """How many KV tiles each row tile has, as the kernel's `_window_range` counts them."""
     lengths = []
     for row in range(0, seqlen_q, tile_m):
         keys = seqlen_k if right is None else min(seqlen_k, max(min(row + tile_m, seqlen_q) + right, 1))

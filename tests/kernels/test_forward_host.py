@@ -23,7 +23,7 @@ def as_python(function):
 def test_host_and_kernel_count_the_same_tiles(seqlens, left, right):
     seqlen_q, seqlen_k = seqlens
     tile_m, block_n = 128, 64
-    kv_range = as_python(forward_kernel._kv_range)
+    kv_range = as_python(forward_kernel._window_range)
     window = (seqlen_q, seqlen_k, left or 0, right or 0)
     ranges = [
         kv_range(row, window, tile_m, block_n, left is not None, right is not None)
@@ -44,14 +44,14 @@ def test_host_and_kernel_count_the_same_tiles(seqlens, left, right):
 @pytest.mark.parametrize("head_dim, seqlen_q, seqlen_k", [(64, 1000, 700), (128, 300, 300), (256, 130, 2000)])
 def test_consumers_count_no_more_tiles_than_the_producer_brings(head_dim, seqlen_q, seqlen_k):
     """A consumer skips the tiles of its CTA that its rows do not see, and there must be none that others lack."""
-    kv_range = as_python(forward_kernel._kv_range)
+    kv_range = as_python(forward_kernel._window_range)
     edges = [None, -seqlen_k - 5, -300, -70, -1, 0, 1, 63, 64, 200, seqlen_q - 2, 5000]
     for window_left, window_right in itertools.product(edges, repeat=2):
         q = torch.empty(1, 2, seqlen_q, head_dim, device="meta", dtype=torch.bfloat16)
         k = torch.empty(1, 2, seqlen_k, head_dim, device="meta", dtype=torch.bfloat16)
         lse = torch.empty(1, 2, seqlen_q, device="meta")
         _, args = forward.launch_arguments(q, k, k, q, lse, 1.0, window_left, window_right, sm_count=132)
-        window, (has_left, has_right) = args[16:20], args[21:23]
+        window, (has_left, has_right) = args[17:21], args[22:24]
         assert window[:2] == (seqlen_q, seqlen_k)
         tile = forward.tile_for(head_dim, head_dim, has_left or has_right, seqlen_q)
         rows = 64 * tile.consumers
