@@ -82,7 +82,7 @@ def parts(head_dim: int) -> tuple[int, ...]:
 
 
 _LOG2E = math.log2(math.e)
-_GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
 def supports(q_shape, k_shape, v_shape, dtype, *, scale=1.0) -> str | None:
@@ -92,7 +92,7 @@ def supports(q_shape, k_shape, v_shape, dtype, *, scale=1.0) -> str | None:
         q_shape, k_shape, v_shape: [B, Hq, Sq, D], [B, Hkv, Sk, D], [B, Hkv, Sk, Dv]; SymInts are welcome, and no
             sequence length or batch size is looked at.
     """
-    if dtype not in _GLUON_DTYPES:
+    if dtype not in (torch.bfloat16, torch.float16):
         return f"the Hopper kernel computes in bfloat16 and float16, not in {dtype}"
     if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
         return "the Hopper kernel takes [batch, heads, seqlen, head_dim]"
@@ -275,7 +275,7 @@ def launch_arguments(
         right = -seqlen_q  # nothing is visible, so that every consumer has the same one tile, all of it masked
     tile_m = tile.consumers * ROWS
     m_tiles, heads = -(-seqlen_q // tile_m), batch * q_heads
-    ctas = min(heads * m_tiles, sm_count or _sm_count(q.device))
+    ctas = min(heads * m_tiles, sm_count or multiprocessors(q.device))
     order = None
     if (has_left or has_right) and ctas < heads * m_tiles:
         # Two rounds of tiles, and at least four of each head in a round, for keys and values to be in the L2 cache
@@ -357,7 +357,7 @@ def _descriptors(x: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescript
     ]  # fmt: skip
     first, *second = (
         TensorDescriptor(
-            x, [batch, heads, seqlen, head_dim], strides, [1, 1, rows, width], _shared_layout(rows, width, x.dtype)
+            x, [batch, heads, seqlen, head_dim], strides, [1, 1, rows, width], shared_layout(rows, width, x.dtype)
         )
         for width in parts(head_dim)
     )
@@ -365,10 +365,10 @@ def _descriptors(x: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescript
 
 
 @functools.cache
-def _shared_layout(rows: int, width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, width], _GLUON_DTYPES[dtype])
+def shared_layout(rows: int, width: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, width], GLUON_DTYPES[dtype])
 
 
 @functools.cache
-def _sm_count(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count

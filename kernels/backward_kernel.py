@@ -1,0 +1,360 @@
+"""Attention backward on Hopper (sm_90a), BF16 and FP16: the device code. `backward.py` is its host side.
+
+A CTA has one tile of keys and walks the query tiles that see it, those of every query head of the group. One producer
+warp brings Q, dO and the rows' statistics in by TMA. Both consumer warp groups compute the scores the other way
+round, as K @ Q^T, so that P^T and dS^T are in registers what dV += P^T @ dO and dK += dS^T @ Q have on their left; only
+dS goes through shared memory, for dQ = dS @ K, which is added up in float32 in global memory. The algorithm is
+FlashAttention-3's (Shah et al., 2024, arXiv:2407.08608, appendix B.1); the specification is `reference.py`.
+
+Consumers share the work by keys, 64 each, up to a head_dim of 128. Beyond that dK and dV of 64 keys fill the registers
+of both, so both have the same keys and half of the columns of dK, dV and dQ each.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fa3_inductor.kernels.compat import tma_add, tma_load, tma_store
+from fa3_inductor.kernels.forward_kernel import ROWS, _arrive, _barriers, _mask, _ring, _sync
+
+CONSUMERS = gl.constexpr(2)
+THREADS = gl.constexpr(128 * 2 + 32)  # of consumers and producer
+
+# Hardware barriers, as in the forward kernel.
+Q_EMPTY = gl.constexpr(8)  # and 9: one per stage
+DO_EMPTY = gl.constexpr(10)  # and 11
+EXCHANGE = gl.constexpr(12)  # the consumers' dS is there
+
+
+@gluon.jit
+def _place(work, KEYS: gl.constexpr):
+    """Batch, kv head and first key of this CTA. Heads go in sections, within one all first tiles come first."""
+    n_tiles, kv_heads, heads, section = work
+    pid = gl.program_id(0)
+    before = pid // (section * n_tiles) * section
+    width = gl.minimum(section, heads - before)
+    rest = pid - before * n_tiles
+    flat = before + rest % width
+    return flat // kv_heads, flat % kv_heads, rest // width * KEYS
+
+
+@gluon.jit
+def _query_range(key0, window, KEYS: gl.constexpr, BLOCK_M: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+    """The query tiles first ... stop - 1 that see any of the keys from key0 on; none if first >= stop."""
+    seqlen_q, seqlen_k, left, right = window
+    first = 0
+    if RIGHT:
+        first = gl.maximum(key0 - right, 0) // BLOCK_M
+    rows = seqlen_q
+    if LEFT:
+        rows = gl.minimum(rows, gl.maximum(gl.minimum(key0 + KEYS, seqlen_k) + left, 0))
+    return first, (rows + BLOCK_M - 1) // BLOCK_M
+
+
+@gluon.jit
+def _load_at(desc, coordinates, bar, smem, slot):
+    mbarrier.expect(bar, desc.block_type.nbytes)
+    tma_load(desc, coordinates, bar, smem.index(slot))
+
+
+@gluon.jit
+def _produce(
+    args, BLOCK_M: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    """The producer warp."""
+    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, smem, bars, work, window, group, padded_q = args
+    q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem = smem
+    q_full, do_full, kv_full = bars
+    batch, kv_head, key0 = _place(work, KEYS)
+    first, stop = _query_range(key0, window, KEYS, BLOCK_M, LEFT, RIGHT)
+    for wg in gl.static_range(CONSUMERS):
+        if SPLIT:
+            _load_at(k_desc, [batch, kv_head, key0, wg * k_desc.block_type.shape[3]], kv_full.index(wg), k_smem, wg)
+            _load_at(v_desc, [batch, kv_head, key0, wg * v_desc.block_type.shape[3]], kv_full.index(2 + wg), v_smem, wg)
+        else:
+            _load_at(k_desc, [batch, kv_head, key0 + wg * ROWS, 0], kv_full.index(wg), k_smem, wg)
+            _load_at(v_desc, [batch, kv_head, key0 + wg * ROWS, 0], kv_full.index(2 + wg), v_smem, wg)
+    it = 0
+    q_heads = work[1] * group
+    for head in range(kv_head * group, (kv_head + 1) * group):
+        at = (batch * q_heads + head) * padded_q
+        for tile in range(first, stop):
+            row = tile * BLOCK_M
+            slot = it % STAGES
+            if it >= STAGES:
+                _sync(Q_EMPTY + slot, THREADS)
+            bar = q_full.index(slot)
+            mbarrier.expect(bar, q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
+            tma_load(q_desc, [batch, head, row, 0], bar, q_smem.index(slot))
+            tma_load(lse_desc, [at + row], bar, lse_smem.index(slot))
+            slot = it % DO_STAGES
+            if it >= DO_STAGES:
+                _sync(DO_EMPTY + slot, THREADS)
+            bar = do_full.index(slot)
+            mbarrier.expect(bar, do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
+            tma_load(do_desc, [batch, head, row, 0], bar, do_smem.index(slot))
+            tma_load(delta_desc, [at + row], bar, delta_smem.index(slot))
+            it += 1
+
+
+@gluon.jit
+def _tile(smem, slot):
+    """One slot of a ring as [rows, columns]."""
+    tile = smem.index(slot)
+    return tile.reshape([tile.shape[2], tile.shape[3]])
+
+
+@gluon.jit
+def _half(smem, WHICH: gl.constexpr):
+    HALF: gl.constexpr = smem.shape[1] // 2
+    return smem.slice(WHICH * HALF, HALF, 1)
+
+
+@gluon.jit
+def _half_if(SPLIT: gl.constexpr, smem, WHICH: gl.constexpr):
+    if SPLIT:
+        return _half(smem, WHICH)
+    else:
+        return smem
+
+
+@gluon.jit
+def _product(kv_smem, x, acc, WG: gl.constexpr, SPLIT: gl.constexpr):
+    """Issues acc + K @ X^T, or V @ X^T, for this consumer's keys and all columns."""
+    if SPLIT:
+        acc = warpgroup_mma(_tile(kv_smem, 0), _half(x, 0).permute((1, 0)), acc, is_async=True)
+        return warpgroup_mma(_tile(kv_smem, 1), _half(x, 1).permute((1, 0)), acc, is_async=True)
+    else:
+        return warpgroup_mma(_tile(kv_smem, WG), x.permute((1, 0)), acc, is_async=True)
+
+
+@gluon.jit
+def _query_loop(
+    dk, dv, it, first, stop, place, scale, smem, bars, window, dq_desc, dq_ptr,
+    WG: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr, MASKED: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, SPLIT: gl.constexpr, s_layout: gl.constexpr,
+):  # fmt: skip
+    """Query tiles first to stop - 1."""
+    q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, lse_smem, delta_smem = smem
+    q_full, do_full = bars
+    batch, head, key0 = place
+    seqlen_q, seqlen_k, left, right = window
+    dtype: gl.constexpr = k_smem.dtype
+    D: gl.constexpr = k_smem.shape[4]
+    DQ_ROWS: gl.constexpr = 64
+    DQ_COLUMNS: gl.constexpr = D if BLOCK_M == 128 else D // 2
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_COLUMNS, 16])
+    dv_operand: gl.constexpr = gl.DotOperandLayout(0, dv.type.layout, 2)
+    dk_operand: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
+    columns_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
+    zero = gl.zeros([ROWS, BLOCK_M], gl.float32, s_layout)
+    dq_zero = gl.zeros([DQ_ROWS, DQ_COLUMNS], gl.float32, dq_layout)
+    for tile in range(first, stop):
+        row0 = tile * BLOCK_M
+        slot = it % STAGES
+        do_slot = it % DO_STAGES
+        q = _tile(q_smem, slot)
+        do = _tile(do_smem, do_slot)
+        mbarrier.wait(q_full.index(slot), (it // STAGES) & 1)
+        mbarrier.wait(do_full.index(do_slot), (it // DO_STAGES) & 1)
+        # Both start from what is to be subtracted, which then takes no registers while these are short.
+        lse = lse_smem.index(slot).load(columns_layout)
+        s = _product(k_smem, q, zero - lse[None, :], WG, SPLIT)
+        delta = delta_smem.index(do_slot).load(columns_layout)
+        dp = _product(v_smem, do, zero - delta[None, :], WG, SPLIT)
+        s, dp = warpgroup_mma_wait(0, [s, dp])
+        if MASKED:
+            keys = key0 + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+            low = keys - row0
+            if RIGHT:
+                low = low - right
+            high = low * 0 + BLOCK_M
+            if LEFT:
+                high = keys + (left + 1 - row0)
+            high = gl.where(keys < seqlen_k, high, 0)
+            s = _mask(s, low, high, RIGHT, s_layout)
+        p = gl.exp2(s * scale)
+        p16 = gl.convert_layout(p.to(dtype), dv_operand, assert_trivial=True)
+        ds16 = (p * dp).to(dtype)
+        if SPLIT:
+            ds_smem.index(WG).store(ds16)
+        else:
+            ds_smem.index((it % 2) * 2 + WG).store(ds16)
+        dv = warpgroup_mma(p16, _half_if(SPLIT, do, WG), dv, is_async=True)
+        fence_async_shared()
+        if SPLIT:
+            # Half of the columns at a time, for the registers.
+            ds = ds_smem.index(WG).permute((1, 0))
+            k = _tile(k_smem, WG)
+            dq = warpgroup_mma(ds, _half(k, 0), dq_zero, use_acc=False, is_async=True)
+            dv, p16 = warpgroup_mma_wait(1, [dv, p16])
+        else:
+            _sync(EXCHANGE, 256)
+            ds0 = ds_smem.index((it % 2) * 2)
+            ds1 = ds_smem.index((it % 2) * 2 + 1)
+            k0 = _tile(k_smem, 0)
+            k1 = _tile(k_smem, 1)
+            if BLOCK_M == 128:
+                ds0 = _half(ds0, WG)
+                ds1 = _half(ds1, WG)
+            else:
+                k0 = _half(k0, WG)
+                k1 = _half(k1, WG)
+            dq = warpgroup_mma(ds0.permute((1, 0)), k0, dq_zero, use_acc=False, is_async=True)
+            dq = warpgroup_mma(ds1.permute((1, 0)), k1, dq, is_async=True)
+            dv, p16 = warpgroup_mma_wait(2, [dv, p16])
+        _arrive(DO_EMPTY + do_slot, THREADS)
+        ds16 = gl.convert_layout(ds16, dk_operand, assert_trivial=True)
+        dk = warpgroup_mma(ds16, _half_if(SPLIT, q, WG), dk, is_async=True)
+        dq = warpgroup_mma_wait(1, [dq])
+        if SPLIT:
+            _add(dq_ptr, batch, head, row0, WG * 2 * DQ_COLUMNS, seqlen_q, dq)
+            dq = warpgroup_mma(ds, _half(k, 1), dq_zero, use_acc=False, is_async=True)
+            dk, ds16 = warpgroup_mma_wait(1, [dk, ds16])
+            _arrive(Q_EMPTY + slot, THREADS)
+            dq = warpgroup_mma_wait(0, [dq])
+            _add(dq_ptr, batch, head, row0, (WG * 2 + 1) * DQ_COLUMNS, seqlen_q, dq)
+        else:
+            tma.store_wait(0)
+            dq_smem.index(WG).reshape([DQ_ROWS, DQ_COLUMNS]).store(dq)
+            fence_async_shared()
+            if BLOCK_M == 128:
+                tma_add(dq_desc, [batch, head, row0 + WG * DQ_ROWS, 0], dq_smem.index(WG))
+            else:
+                tma_add(dq_desc, [batch, head, row0, WG * DQ_COLUMNS], dq_smem.index(WG))
+            dk, ds16 = warpgroup_mma_wait(0, [dk, ds16])
+            _arrive(Q_EMPTY + slot, THREADS)
+        it += 1
+    return dk, dv, it
+
+
+@gluon.jit
+def _add(dq_ptr, batch, head, row0, column0: gl.constexpr, seqlen_q, x):
+    """Adds x to dQ, whose rows have as many columns as a tile."""
+    ptr, q_heads, WIDTH = dq_ptr
+    layout: gl.constexpr = x.type.layout
+    rows = row0 + gl.arange(0, x.shape[0], gl.SliceLayout(1, layout))
+    columns = column0 + gl.arange(0, x.shape[1], gl.SliceLayout(0, layout))
+    places = ptr + ((batch * q_heads + head).to(gl.int64) * seqlen_q + rows) * WIDTH
+    gl.atomic_add(places[:, None] + columns[None, :], x, mask=(rows < seqlen_q)[:, None], sem="relaxed")
+
+
+@gluon.jit
+def _consume(
+    args, WG: gl.constexpr, BLOCK_M: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    """Consumer warp group number WG."""
+    dq_desc, dq_ptr, dk_desc, dv_desc, smem, bars, work, window, group, scale, grad_scale = args
+    q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, lse_smem, delta_smem = smem
+    q_full, do_full, kv_full = bars
+    seqlen_q, seqlen_k, left, right = window
+    dtype: gl.constexpr = dk_desc.dtype
+    D: gl.constexpr = dk_desc.block_type.shape[3]
+    DV: gl.constexpr = dv_desc.block_type.shape[3]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    batch, kv_head, tile_key0 = _place(work, KEYS)
+    key0 = tile_key0 + (0 if SPLIT else WG * ROWS)
+    dk = gl.zeros([ROWS, D], gl.float32, dk_layout)
+    dv = gl.zeros([ROWS, DV], gl.float32, dv_layout)
+
+    # Upwards from the first: tiles at an edge, tiles in which nothing is hidden, tiles at the other edge.
+    first, stop = _query_range(tile_key0, window, KEYS, BLOCK_M, LEFT, RIGHT)
+    stop = gl.maximum(stop, first)
+    open_first = first
+    if RIGHT:
+        open_first = (gl.maximum(tile_key0 + KEYS - 1 - right, 0) + BLOCK_M - 1) // BLOCK_M
+    if tile_key0 + KEYS > seqlen_k:
+        open_first = stop
+    open_first = gl.minimum(gl.maximum(open_first, first), stop)
+    open_stop = stop
+    if LEFT:
+        open_stop = gl.minimum(gl.maximum(gl.maximum(tile_key0 + left + 1, 0) // BLOCK_M, open_first), stop)
+    it = 0
+    for i in gl.static_range(2 * CONSUMERS):
+        mbarrier.wait(kv_full.index(i), 0)
+    loop_smem = (q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, lse_smem, delta_smem)
+    loop_bars = (q_full, do_full)
+    for head in range(kv_head * group, (kv_head + 1) * group):
+        place = (batch, head, key0)
+        dk, dv, it = _query_loop(
+            dk, dv, it, first, open_first, place, scale, loop_smem, loop_bars, window, dq_desc, dq_ptr,
+            WG, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, SPLIT, s_layout,
+        )  # fmt: skip
+        dk, dv, it = _query_loop(
+            dk, dv, it, open_first, open_stop, place, scale, loop_smem, loop_bars, window, dq_desc, dq_ptr,
+            WG, BLOCK_M, STAGES, DO_STAGES, False, LEFT, RIGHT, SPLIT, s_layout,
+        )  # fmt: skip
+        if LEFT:
+            dk, dv, it = _query_loop(
+                dk, dv, it, open_stop, stop, place, scale, loop_smem, loop_bars, window, dq_desc, dq_ptr,
+                WG, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, SPLIT, s_layout,
+            )  # fmt: skip
+
+    # Out by way of K's and V's shared memory, which both consumers are done with.
+    _sync(EXCHANGE, 256)
+    _tile(k_smem, WG).store((dk * grad_scale).to(dtype))
+    _tile(v_smem, WG).store(dv.to(dtype))
+    fence_async_shared()
+    tma_store(dk_desc, [batch, kv_head, key0, WG * D if SPLIT else 0], k_smem.index(WG))
+    tma_store(dv_desc, [batch, kv_head, key0, WG * DV if SPLIT else 0], v_smem.index(WG))
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["n_tiles", "kv_heads", "heads", "section", "group", "padded_q", "seqlen_q", "seqlen_k",
+                                "left", "right"])
+def backward_kernel(
+    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, dq_ptr, dk_desc, dv_desc,
+    n_tiles, kv_heads, heads, section, group, padded_q, seqlen_q, seqlen_k, left, right, scale, grad_scale,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+):  # fmt: skip
+    BLOCK_M: gl.constexpr = q_desc.block_type.shape[2]
+    KEYS: gl.constexpr = ROWS if SPLIT else 2 * ROWS
+    WIDTH: gl.constexpr = q_desc.block_type.shape[3]
+    dtype: gl.constexpr = q_desc.dtype
+    q_smem = _ring((q_desc,), STAGES)[0]
+    do_smem = _ring((do_desc,), DO_STAGES)[0]
+    k_smem = _ring((k_desc,), CONSUMERS)[0]
+    v_smem = _ring((v_desc,), CONSUMERS)[0]
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_M], dtype)
+    ds_smem = gl.allocate_shared_memory(dtype, [CONSUMERS if SPLIT else 2 * CONSUMERS, ROWS, BLOCK_M], ds_layout)
+    dq_smem = lse_desc  # anything: Gluon takes no None here
+    if dq_desc is not None:
+        dq_smem = gl.allocate_shared_memory(gl.float32, [2] + dq_desc.block_type.shape, dq_desc.layout)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], lse_desc.layout)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [DO_STAGES, BLOCK_M], lse_desc.layout)
+    q_full = _barriers(STAGES)
+    do_full = _barriers(DO_STAGES)
+    kv_full = _barriers(2 * CONSUMERS)
+    fence_async_shared()
+
+    work = (n_tiles, kv_heads, heads, section)
+    window = (seqlen_q, seqlen_k, left, right)
+    bars = (q_full, do_full, kv_full)
+    produce = (
+        q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc,
+        (q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem), bars, work, window, group, padded_q,
+    )  # fmt: skip
+    consume = (
+        dq_desc, (dq_ptr, kv_heads * group, WIDTH), dk_desc, dv_desc,
+        (q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, lse_smem, delta_smem), bars, work, window, group, scale,
+        grad_scale,
+    )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_consume, (consume, 0, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, SPLIT)),
+            (_consume, (consume, 1, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, SPLIT)),
+            (_produce, (produce, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, SPLIT)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip

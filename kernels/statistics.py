@@ -1,0 +1,64 @@
+"""What the backward kernel reads of each query row: its log-sum-exp, and dO . O (a Triton kernel).
+
+FlashAttention-3 has such a pass too (Shah et al., 2024, arXiv:2407.08608, appendix B.1); the backward kernel would have
+to read all of O otherwise.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 32  # rows of a program
+
+
+@triton.jit
+def statistics_kernel(
+    out_ptr, dout_ptr, lse_ptr, scaled_ptr, delta_ptr, dq_ptr, out_batch, out_head, out_row, dout_batch, dout_head,
+    dout_row, dout_unit, lse_batch, lse_head, lse_row, lse_scale, heads, seqlen, padded, head_dim_v, head_dim,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program for each block of ROWS rows, with those that only pad the sequence. Zeroes dQ's accumulator too."""
+    flat = tl.program_id(0) // (padded // ROWS)
+    row = tl.program_id(0) % (padded // ROWS) * ROWS + tl.arange(0, ROWS)
+    batch, head = (flat // heads).to(tl.int64), (flat % heads).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    there = row < seqlen
+    inside = there[:, None] & (column < head_dim_v)[None, :]
+    places = row.to(tl.int64)[:, None]
+    out = tl.load(
+        out_ptr + batch * out_batch + head * out_head + places * out_row + column[None, :], mask=inside, other=0
+    )
+    dout = tl.load(
+        dout_ptr + batch * dout_batch + head * dout_head + places * dout_row + column[None, :] * dout_unit,
+        mask=inside, other=0,
+    )  # fmt: skip
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    lse = tl.load(lse_ptr + batch * lse_batch + head * lse_head + row.to(tl.int64) * lse_row, mask=there, other=0)
+    # exp2(score - inf) = 0: rows that see no key, and those past the end.
+    scaled = tl.where(there & (lse != float("-inf")), lse * lse_scale, float("inf"))
+    at = flat.to(tl.int64) * padded + row
+    tl.store(scaled_ptr + at, scaled)
+    tl.store(delta_ptr + at, delta)
+    zero = tl.zeros([ROWS, COLUMNS], tl.float32)
+    to = dq_ptr + (flat.to(tl.int64) * seqlen + row)[:, None] * head_dim + column[None, :]
+    tl.store(to, zero, mask=there[:, None] & (column < head_dim)[None, :])
+
+
+def statistics_arguments(
+    out: Tensor, dout: Tensor, lse: Tensor, scaled: Tensor, delta: Tensor, dq: Tensor, lse_scale: float
+) -> tuple[tuple[int, int, int], tuple]:
+    """The grid and the arguments of the kernel.
+
+    Args:
+        out, dout: [B, Hq, Sq, Dv], out's Dv contiguous; lse: [B, Hq, Sq] float32, natural logarithms.
+        scaled, delta: float32, contiguous, [B, Hq, Sq padded to a multiple of BLOCK]: lse times lse_scale, +inf where a
+            row sees nothing or is not there, and the sum of dO * O.
+        dq: float32, contiguous, [B, Hq, Sq, D]: is set to 0.
+    """
+    batch, heads, seqlen, head_dim_v = out.shape
+    padded, head_dim = scaled.shape[2], dq.shape[3]
+    columns = triton.next_power_of_2(max(head_dim, head_dim_v))
+    return (batch * heads * (padded // BLOCK), 1, 1), (
+        out, dout, lse, scaled, delta, dq, *out.stride()[:3], *dout.stride(), *lse.stride(), lse_scale, heads, seqlen, padded,
+        head_dim_v, head_dim, BLOCK, columns,
+    )  # fmt: skip
