@@ -6,8 +6,6 @@ CUDA tensors, "reference" the plain PyTorch specification; CPU tensors always ta
 `fa3_inductor.kernels.reference` says what the other arguments mean.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -62,12 +60,15 @@ def _attention_fake(q, k, v, bias, mask, scale, window_left, window_right, targe
 @torch.library.impl("fa3::attention_backward", "default")
 def _backward(dout, q, k, v, bias, mask, out, lse, scale, window_left, window_right, target, bias_grad, softcap=None):
     _check(q, k, v, bias, mask, target)
-    dbias = _dbias(q, bias, bias_grad)
     if target == "hopper" and q.is_cuda:
-        if bias is not None or mask is not None or softcap is not None:
-            raise ValueError("fa3::attention_backward: the Hopper path takes no bias, mask or softcap")
-        return *_fused_backward(dout, q, k, v, out, lse, scale, window_left, window_right), dbias
-    grads = *_grads(q, k, v), dbias
+        from fa3_inductor.kernels.backward import attention_backward
+
+        grads = attention_backward(
+            dout, q, k, v, bias, mask, out, lse, scale=scale, window_left=window_left, window_right=window_right,
+            softcap=softcap, bias_grad=bias_grad,
+        )  # fmt: skip
+        return grads if bias_grad else (*grads[:3], q.new_empty((0,)))
+    grads = *_grads(q, k, v), _dbias(q, bias, bias_grad)
     reference = attention_backward_reference(
         dout, q, k, v, bias, mask, out, lse, scale=scale, window_left=window_left, window_right=window_right,
         softcap=softcap,
@@ -148,84 +149,3 @@ def _grads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
 def _dbias(q: Tensor, bias: Tensor | None, wanted: bool) -> Tensor:
     """Uninitialised gradient of bias, contiguous; an empty tensor if it is not wanted."""
     return bias.new_empty(bias.shape) if wanted else q.new_empty((0,))
-
-
-def _fused_backward(dout, q, k, v, out, lse, scale, window_left, window_right) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv by PyTorch's own fused kernels, which need memory linear in the sequence lengths."""
-    seqlen_q, seqlen_k = q.shape[2], k.shape[2]
-    if window_left is not None and window_left >= seqlen_q - 1:
-        window_left = None
-    if window_right is not None and window_right >= seqlen_k - 1:
-        window_right = None
-    # cuDNN where its mask (causal from the top left) is the one, else FlashAttention-2 (windows from the bottom right).
-    # Causal, 16 heads of 128, 8192 positions, on an H200: 484 TFLOP/s against 290.
-    is_cudnns = window_left is None and (window_right is None or (window_right == 0 and seqlen_q == seqlen_k))
-    head_dims = q.shape[3], v.shape[3]
-    if is_cudnns and seqlen_k > 1 and (head_dims[0] == head_dims[1] or head_dims == (192, 128)):
-        grads = _cudnn_backward(dout, q, k, v, out, lse, scale, window_right is not None)
-        pairs = zip(grads, _grads(q, k, v))
-        return tuple(grad if grad.stride() == empty.stride() else empty.copy_(grad) for grad, empty in pairs)
-    dq, dk, dv = (grad.zero_() for grad in _grads(q, k, v))
-    for rows, keys, left, right in _visible_blocks(seqlen_q, seqlen_k, window_left, window_right):
-        per_query = (x[:, :, rows] for x in (dout, q, out))
-        gq, gk, gv = _flash_backward(*per_query, k[:, :, keys], v[:, :, keys], lse[:, :, rows], scale, left, right)
-        dq[:, :, rows] = gq
-        dk[:, :, keys] += gk
-        dv[:, :, keys] += gv
-    return dq, dk, dv
-
-
-def _visible_blocks(
-    seqlen_q: int, seqlen_k: int, window_left: int | None, window_right: int | None
-) -> Iterator[tuple[slice, slice, int | None, int | None]]:
-    """The rows that see any key, in at most three blocks, each with the keys that it sees and its own window.
-
-    These windows are FlashAttention-2's: counted from the bottom right corner, neither side negative, and the right
-    side 0 or unbounded. (It takes one of seqlen_k or more for unbounded, and an unbounded one beside a bounded one for
-    seqlen_k, which are wrong for more queries than keys.)
-    """
-    left = seqlen_q if window_left is None else window_left
-    right = seqlen_k if window_right is None else window_right
-    start, stop = max(0, -right), min(seqlen_q, seqlen_k + left)
-    if left + right < 0 or start >= stop:
-        return
-    edge = min(max(seqlen_k - right, start), stop)  # from here on rows see the last key
-    middle = min(max(left + 1, edge), stop)  # until here rows see the first key
-    for first, last in ((start, edge), (edge, middle), (middle, stop)):
-        if first < last:
-            keys = slice(max(0, first - left), min(seqlen_k, last + right))
-            from_corner = None if last - 1 <= left else left + keys.stop - last
-            yield slice(first, last), keys, from_corner, 0 if last <= edge else None
-
-
-def _cudnn_backward(dout, q, k, v, out, lse, scale, causal) -> tuple[Tensor, Tensor, Tensor]:
-    dout, q, out, k, v = _addressable(dout, q, out, k, v)
-    if dout.stride() != out.stride():  # cuDNN reads both by the strides of one
-        dout = torch.empty_like(out).copy_(dout)
-    no_dropout = q.new_empty(0, dtype=torch.int64), q.new_empty(0, dtype=torch.int64)
-    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        dout, q, k, v, out, lse.contiguous().unsqueeze(-1), *no_dropout, None, None, None, q.shape[2], k.shape[2], 0.0,
-        causal, scale=scale,
-    )  # fmt: skip
-
-
-def _flash_backward(dout, q, out, k, v, lse, scale, left, right) -> tuple[Tensor, Tensor, Tensor]:
-    head_dim, head_dim_v = q.shape[3], v.shape[3]
-    wide = max(head_dim, head_dim_v)
-    padded = (
-        x if x.shape[3] == wide else torch.nn.functional.pad(x, (0, wide - x.shape[3])) for x in (dout, q, out, k, v)
-    )
-    dout, q, out, k, v = (x.transpose(1, 2) for x in _addressable(*padded))
-    state = q.new_empty(2, dtype=torch.int64), q.new_empty(0, dtype=torch.int64)  # of dropout
-    dq, dk, dv = torch.ops.aten._flash_attention_backward(
-        dout, q, k, v, out, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, False, *state, scale=scale,
-        window_size_left=left, window_size_right=right,
-    )  # fmt: skip
-    dq, dk, dv = (x.transpose(1, 2) for x in (dq, dk, dv))
-    return dq[..., :head_dim], dk[..., :head_dim], dv[..., :head_dim_v]
-
-
-def _addressable(*tensors: Tensor) -> list[Tensor]:
-    from fa3_inductor.kernels.forward import addressable
-
-    return [addressable(x) for x in tensors]  # PyTorch's libraries are as particular as TMA is

@@ -5,6 +5,7 @@ import dataclasses
 import sympy
 import torch
 
+from .patterns.magnitude import may_have_gradient
 from .patterns.reasons import Reason
 from .patterns.spec import AttentionSpec, Empty, Rejected, TermKind
 
@@ -69,11 +70,8 @@ def _not_on_hopper(spec: AttentionSpec, tensors: dict[str, torch.Tensor], trains
     q = tensors["q"]
     if (why := _not_hopper(q.device)) is not None:
         return why
-    if trains and any(t.window is None for t in spec.terms):
-        kinds = {"a bias" if t.kind is TermKind.BIAS else "a mask" for t in spec.terms if t.window is None}
-        return " and ".join(sorted(kinds)) + " as an operand, in training"
-    if trains and spec.softcap is not None:
-        return "a soft cap in training"
+    if trains and spec.softcap is not None and any(may_have_gradient(t.operand.node) for t in spec.terms):
+        return "the gradient of a bias beside a soft cap"
     if spec.softcap is not None and spec.softcap > 1e3:
         return f"a soft cap of {spec.softcap:g}, at which tanh is not precise enough"
     if spec.dropout_p:

@@ -460,18 +460,23 @@ def _with_empty_rows(
     dtype = fake_value(out).dtype
     if plan.empty in (Empty.NAN_SCORES, Empty.AS_WRITTEN):
         one = emit.call(torch.ones_like, row_seen, dtype=dtype)
-        return emit.call(operator.mul, out, emit.call(torch.where, row_seen, one, math.nan))
+        out = emit.call(operator.mul, out, emit.call(torch.where, row_seen, one, math.nan))
+        if not emit.trains:
+            return out
     q, k, v = qkv
     if spec.kv_heads != spec.q_heads:
         group = fake_value(q).shape[1] // fake_value(k).shape[1]
         k, v = (emit.call("repeat_interleave", x, group, 1) for x in (k, v))
     mean = emit.call("mean", emit.call("float", v), -2, keepdim=True)
-    if plan.empty is Empty.NAN:
-        # Row by row, so that the gradient of v stays clear of NaN where no row is empty.
-        mean = emit.call(operator.mul, mean, emit.call(torch.where, row_seen, 0.0, math.nan))
-    elif plan.empty is Empty.MEAN_SCORES and emit.trains:
+    if emit.trains and plan.empty in (Empty.MEAN_SCORES, Empty.NAN_SCORES):
         mean = emit.call(operator.add, mean, _uniform_gradient(emit, q, k, v, mean, scale))
-    return emit.call(torch.where, row_seen, out, emit.call("to", mean, dtype))
+    if plan.empty in (Empty.NAN, Empty.NAN_SCORES):
+        # Row by row, so that gradients stay clear of NaN where no row is empty.
+        mean = emit.call(operator.mul, mean, emit.call(torch.where, row_seen, 0.0, math.nan))
+    mean = emit.call("to", mean, dtype)
+    if plan.empty is Empty.NAN_SCORES:  # the kernels do not look at keys that nobody sees
+        return emit.call(operator.add, out, mean)
+    return emit.call(torch.where, row_seen, out, mean)
 
 
 def _uniform_gradient(emit: _Emitter, q: Node, k: Node, v: Node, mean: Node, scale: Any) -> Node:

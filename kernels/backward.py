@@ -5,19 +5,29 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime import driver
 
 from fa3_inductor.kernels import launch, output_like
 from fa3_inductor.kernels.backward_kernel import backward_kernel
-from fa3_inductor.kernels.forward import addressable, multiprocessors, shared_layout
-from fa3_inductor.kernels.forward_kernel import ROWS as ROWS_OF_A_CONSUMER
+from fa3_inductor.kernels.forward import (
+    ROWS,
+    addressable,
+    is_addressable,
+    key_of,
+    multiprocessors,
+    shared_layout,
+    tma_strides,
+)
+from fa3_inductor.kernels.ranges import ranges_arguments, ranges_kernel, ranges_shape
 from fa3_inductor.kernels.statistics import statistics_arguments, statistics_kernel
+from fa3_inductor.kernels.terms import broadcast, functions, program_of
 
-ROWS = ROWS_OF_A_CONSUMER.value
 _LOG2E = math.log2(math.e)
 
 
@@ -36,72 +46,196 @@ class Tile:
         return ROWS if self.split else 2 * ROWS
 
 
-# (largest head_dim of q, k and v, tile): the first that is large enough.
+# (largest head_dim of q, k and v, tile, tile with terms on the scores): the first that is large enough.
 TILES = (
-    (64, Tile(128, 64)),
-    (128, Tile(64, 128)),
-    (256, Tile(64, 256, split=True)),
+    (64, Tile(128, 64), Tile(64, 64)),
+    (128, Tile(64, 128), Tile(64, 128)),
+    (256, Tile(64, 256, split=True), Tile(64, 256, split=True)),
 )
+MULTIPLE = 128  # of query rows, to which the rows' statistics are padded: all tiles' block_m divide it
 
 
-def tile_for(head_dim: int, head_dim_v: int) -> Tile:
-    return next(tile for largest, tile in TILES if max(head_dim, head_dim_v) <= largest)
+def tile_for(head_dim: int, head_dim_v: int, with_terms: bool = False) -> Tile:
+    """The table's configuration for a problem."""
+    _, plain, with_them = next(row for row in TILES if max(head_dim, head_dim_v) <= row[0])
+    return with_them if with_terms else plain
 
 
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, scale: float,
-    window_left: int | None = None, window_right: int | None = None,
-):  # fmt: skip
-    q, k, v, dout = (addressable(x) for x in (q, k, v, dout))
-    dq, dk, dv = (output_like(x, x.shape[3]) for x in (q, k, v))
-    tile = tile_for(q.shape[3], v.shape[3])
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, out: Tensor, lse: Tensor,
+    *, scale: float, window_left: int | None = None, window_right: int | None = None, softcap: float | None = None,
+    bias_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of `attention_forward`'s out, on a Hopper GPU.
+
+    Args:
+        dout: [B, Hq, Sq, Dv], of q's dtype; out and lse: what `attention_forward` returned, with the sink in lse if there
+            was one.
+        bias_grad: whether bias has a gradient. Then a 16-bit number is stored for every score.
+
+    The others are those of `attention_forward`, and what it says of them holds here.
+
+    Returns:
+        dq, dk and dv, each as `output_like` has it, and the gradient of bias, contiguous, or None. Sums over keys are
+        in float32, in no fixed order, so that dq may differ in its last bit from call to call.
+    """
+    if bias_grad and softcap is not None:
+        raise ValueError("attention_backward: there is no gradient of a bias beside a soft cap")
+    key = (
+        *map(key_of, (dout, q, k, v, out, lse)), scale, window_left, window_right, softcap, bias_grad,
+        None if bias is None else key_of(bias), None if mask is None else key_of(mask),
+    )  # fmt: skip
+    call = _calls.get(key)
+    if call is None or call.device != torch.cuda.current_device():
+        options = dict(
+            scale=scale, window_left=window_left, window_right=window_right, softcap=softcap, bias_grad=bias_grad
+        )
+        with torch.cuda.device(q.device):
+            if not all(map(is_addressable, (dout, q, k, v))):
+                dout, q, k, v = map(addressable, (dout, q, k, v))
+                return attention_backward(dout, q, k, v, bias, mask, out, lse, **options)
+            if call is None:
+                if len(_calls) >= _MAX_CALLS:
+                    _calls.clear()
+                _calls[key] = _prepare(dout, q, k, v, bias, mask, out, lse, **options)
+            return attention_backward(dout, q, k, v, bias, mask, out, lse, **options)
+    dq, dk, dv, rows, sums, dscores, ranges = _buffers(q, k, v, mask, call.tile, bias_grad)
+    if call.launch is not None:
+        stream = driver.active.get_current_stream(call.device)
+        at = rows.data_ptr()
+        statistics = at, at + 4 * rows[0].numel()
+        call.find_statistics(
+            stream, out.data_ptr(), dout.data_ptr(), lse.data_ptr(), *statistics, sums.data_ptr()
+        )  # fmt: skip
+        if call.find_ranges is not None:
+            call.find_ranges(stream, mask.data_ptr(), ranges.data_ptr())
+        more = (x.data_ptr() for x in (dscores, ranges, bias, mask) if x is not None)
+        addresses = (x.data_ptr() for x in (dout, q, k, v))
+        call.launch(stream, *addresses, *statistics, sums.data_ptr(), dk.data_ptr(), dv.data_ptr(), *more)
+    torch.mul(sums[..., : q.shape[3]], scale, out=dq)
+    if not bias_grad:
+        return dq, dk, dv, None
+    dbias = dscores[..., : q.shape[2]].mT
+    where = [i for i, size in enumerate(torch.broadcast_to(bias, dbias.shape).stride()) if not size]
+    dbias = dbias.sum(where, keepdim=True, dtype=torch.float32) if where else dbias
+    return dq, dk, dv, dbias.reshape(bias.shape).to(bias.dtype).contiguous()
+
+
+_calls: dict = {}
+_MAX_CALLS = 4096
+
+
+class _Call(NamedTuple):
+    """One problem with everything settled but the addresses; like the forward's, it holds no tensor."""
+
+    launch: launch.Launch | None  # None: there is nothing to compute
+    find_statistics: launch.Launch | None
+    find_ranges: launch.Launch | None  # of the mask
+    tile: Tile
+    device: int
+
+
+def _buffers(q, k, v, mask, tile, bias_grad) -> tuple:
+    """dq, dk, dv, and what the kernels need in between: two statistics of every row, dQ in float32, dS, and ranges."""
     batch, q_heads, seqlen_q, head_dim = q.shape
-    padded = -(-seqlen_q // 128) * 128
-    lse2, delta = q.new_empty(2, batch, q_heads, padded, dtype=torch.float32)
-    sums = q.new_empty(batch, q_heads, seqlen_q, tile.width if tile.split else head_dim, dtype=torch.float32)
-    grid, args = statistics_arguments(out, dout, lse, lse2, delta, sums, 1 / scale)
-    statistics_kernel[grid](*args)
-    grid, args = launch_arguments(dout, q, k, v, lse2, delta, sums, dk, dv, scale, window_left, window_right, tile=tile)
-    backward_kernel[grid](*args, num_warps=4)
-    torch.mul(sums[..., :head_dim], scale, out=dq)
-    return dq, dk, dv
+    padded = -(-seqlen_q // MULTIPLE) * MULTIPLE
+    dq, dk, dv = (output_like(x, x.shape[3]) for x in (q, k, v))
+    rows = q.new_empty((2, batch, q_heads, padded), dtype=torch.float32)
+    sums = q.new_empty((batch, q_heads, seqlen_q, tile.width if tile.split else head_dim), dtype=torch.float32)
+    dscores = q.new_zeros((batch, q_heads, k.shape[2], padded)) if bias_grad else None
+    ranges = None
+    if mask is not None:
+        shape = ranges_shape(_by_key(q, k, mask), tile.keys)
+        ranges = q.new_empty(shape, dtype=torch.int32)
+    return dq, dk, dv, rows, sums, dscores, ranges
+
+
+def _by_key(q, k, mask) -> Tensor:
+    """The mask as [B, Hq, Sk, Sq], of which the ranges kernel finds what query tiles each block of keys has."""
+    return broadcast("mask", mask, (*q.shape[:3], k.shape[2])).mT
+
+
+def _prepare(dout, q, k, v, bias, mask, out, lse, *, scale, window_left, window_right, softcap, bias_grad) -> _Call:
+    # Tensors of our own: two of them may be one now and not at the next call.
+    dout, q, k, v, out, lse = (x.detach() for x in (dout, q, k, v, out, lse))
+    tile = tile_for(q.shape[3], v.shape[3], not (bias is None and mask is None and softcap is None))
+    dq, dk, dv, rows, sums, dscores, ranges = _buffers(q, k, v, mask, tile, bias_grad)
+    if not (dq.numel() and dk.numel()):
+        return _Call(None, None, None, tile, q.get_device())
+    lse2, delta = rows
+    lse_scale = 1 / scale if softcap is None else _LOG2E
+    grid, args = statistics_arguments(out, dout, lse, lse2, delta, sums, lse_scale)
+    find_statistics = launch.prepare(
+        statistics_kernel, grid, args, (out, dout, lse, lse2, delta, sums), {"num_warps": 4}
+    )
+    find_ranges = None
+    if mask is not None:
+        whole = _by_key(q, k, mask)
+        grid, args = ranges_arguments(whole, ranges, tile.keys, tile.block_m)
+        find_ranges = launch.prepare(ranges_kernel, grid, args, (whole, ranges), {"num_warps": 16})
+    grid, args = launch_arguments(
+        dout, q, k, v, bias, mask, lse2, delta, sums, dk, dv, dscores, ranges, scale, window_left, window_right, softcap,
+        tile=tile,
+    )  # fmt: skip
+    operands = (operand for operand, *_ in args[_OPERANDS])
+    tensors = (dout, q, k, v, lse2, delta, sums, dk, dv, dscores, ranges, *operands)
+    main = launch.prepare(backward_kernel, grid, args, tuple(x for x in tensors if x is not None), {"num_warps": 4})
+    return _Call(main, find_statistics, find_ranges, tile, q.get_device())
+
+
+_OPERANDS = 12  # which argument of the kernel they are
 
 
 def launch_arguments(
-    dout, q, k, v, lse2, delta, sums, dk, dv, scale, window_left=None, window_right=None, *, tile=None, sms=None
-):
-    batch, q_heads, seqlen_q, head_dim = q.shape
-    kv_heads, seqlen_k, head_dim_v = v.shape[1:]
-    tile = tile or tile_for(head_dim, head_dim_v)
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, lse: Tensor, delta: Tensor,
+    sums: Tensor, dk: Tensor, dv: Tensor, dscores: Tensor | None, ranges: Tensor | None, scale: float,
+    window_left: int | None = None, window_right: int | None = None, softcap: float | None = None, *, tile: Tile,
+    sm_count: int | None = None,
+) -> tuple[tuple[int, int, int], tuple]:  # fmt: skip
+    """The grid and the arguments of the kernel.
+
+    Args:
+        lse, delta: of the statistics kernel; sums: dQ's accumulator, float32 [B, Hq, Sq, D or the tile's width].
+        dscores: 16-bit [B, Hq, Sk, padded Sq], to be filled with dS^T.
+        ranges: of the mask's transpose, for blocks of the tile's keys and query tiles of its block_m.
+    """
+    batch, q_heads, seqlen_q, _ = q.shape
+    kv_heads, seqlen_k = v.shape[1:3]
     has_left = window_left is not None and window_left < seqlen_q - 1
     has_right = window_right is not None and window_right < seqlen_k - 1
     left = max(window_left, -seqlen_k) if has_left else 0
     right = max(window_right, -seqlen_q) if has_right else 0
+    program, operands = program_of(bias, mask, softcap, (batch, q_heads, seqlen_q, seqlen_k))
+    load, apply, _ = open_load, open_apply, _ = functions(program, backward=True)
+    if ranges is not None:
+        steps = (0 if size == 1 else by // ranges.shape[3] for size, by in zip(ranges.shape[:3], ranges.stride()))
+        ranges = ranges, *steps
+        open_load, open_apply, _ = functions(program.without_mask(), backward=True)
     n_tiles, heads = -(-seqlen_k // tile.keys), batch * kv_heads
     section = 1
-    if has_right or has_left:
-        section = max(1, min(heads, 2 * (sms or multiprocessors(q.device)) // n_tiles))
-    kv_width = tile.width // 2 if tile.split else tile.width
-    dq_columns = tile.width if tile.block_m == 128 else tile.width // 2
-    dq_desc = None if tile.split else _descriptor(sums, ROWS, dq_columns)
+    if has_left or has_right:  # the longest first, and heads enough at a time for two rounds
+        section = max(1, min(heads, 2 * (sm_count or multiprocessors(q.device)) // n_tiles))
+    width = tile.width // 2 if tile.split else tile.width
+    dq_width = tile.width if tile.block_m == 128 else tile.width // 2
     return (heads * n_tiles, 1, 1), (
         _descriptor(q, tile.block_m, tile.width), _descriptor(dout, tile.block_m, tile.width),
-        _descriptor(k, ROWS, kv_width), _descriptor(v, ROWS, kv_width),
-        _flat(lse2, tile.block_m), _flat(delta, tile.block_m), dq_desc, sums if tile.split else None,
-        _descriptor(dk, ROWS, kv_width), _descriptor(dv, ROWS, kv_width),
-        n_tiles, kv_heads, heads, section, q_heads // kv_heads, lse2.shape[2], seqlen_q, seqlen_k, left, right,
-        scale * _LOG2E, scale, has_left, has_right, tile.split, tile.stages, tile.do_stages,
+        _descriptor(k, ROWS, width), _descriptor(v, ROWS, width), _flat(lse, tile.block_m), _flat(delta, tile.block_m),
+        None if tile.split else _descriptor(sums, ROWS, dq_width), sums if tile.split else None,
+        None if dscores is None else _descriptor(dscores, ROWS, tile.block_m),
+        _descriptor(dk, ROWS, width), _descriptor(dv, ROWS, width), ranges, operands,
+        n_tiles, kv_heads, heads, section, q_heads // kv_heads, lse.shape[2], seqlen_q, seqlen_k, left, right,
+        scale * _LOG2E, scale, has_left, has_right, load, apply, open_load, open_apply, softcap is not None,
+        tile.split, tile.stages, tile.do_stages,
     )  # fmt: skip
 
 
 def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    batch, heads, seqlen, head_dim = x.shape
-    by_batch, by_head, by_row, _ = x.stride()
-    strides = [
-        by_batch if batch > 1 else head_dim, by_head if heads > 1 else head_dim, by_row if seqlen > 1 else head_dim, 1
-    ]  # fmt: skip
-    return TensorDescriptor(x, [batch, heads, seqlen, head_dim], strides, [1, 1, rows, columns], shared_layout(rows, columns, x.dtype))
+    """A TMA descriptor of x: [B, H, S, D] in blocks of [rows, columns]."""
+    return TensorDescriptor(
+        x, list(x.shape), tma_strides(x), [1, 1, rows, columns], shared_layout(rows, columns, x.dtype)
+    )
 
 
 def _flat(x: Tensor, size: int) -> TensorDescriptor:
+    """A TMA descriptor of a contiguous tensor as one row, in blocks of `size`."""
     return TensorDescriptor(x, [x.numel()], [1], [size], gl.NVMMASharedLayout(0, 32, 1))

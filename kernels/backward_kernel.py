@@ -45,16 +45,38 @@ def _place(work, KEYS: gl.constexpr):
 
 
 @gluon.jit
-def _query_range(key0, window, KEYS: gl.constexpr, BLOCK_M: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
-    """The query tiles first ... stop - 1 that see any of the keys from key0 on; none if first >= stop."""
+def _query_ranges(
+    batch, head, key0, window, ranges, KEYS: gl.constexpr, BLOCK_M: gl.constexpr, LEFT: gl.constexpr,
+    RIGHT: gl.constexpr,
+):  # fmt: skip
+    """The query tiles first ... stop - 1 that see any of the keys from key0 on, and open_first ... open_stop - 1 among
+    them, in which nothing is hidden."""
     seqlen_q, seqlen_k, left, right = window
     first = 0
+    open_first = 0
     if RIGHT:
         first = gl.maximum(key0 - right, 0) // BLOCK_M
+        open_first = (gl.maximum(key0 + KEYS - 1 - right, 0) + BLOCK_M - 1) // BLOCK_M
     rows = seqlen_q
     if LEFT:
         rows = gl.minimum(rows, gl.maximum(gl.minimum(key0 + KEYS, seqlen_k) + left, 0))
-    return first, (rows + BLOCK_M - 1) // BLOCK_M
+    stop = (rows + BLOCK_M - 1) // BLOCK_M
+    open_stop = stop
+    if LEFT:
+        open_stop = gl.maximum(key0 + left + 1, 0) // BLOCK_M
+    if ranges is not None:
+        ptr, by_batch, by_head, by_block = ranges
+        at = ptr + (batch.to(gl.int64) * by_batch + head * by_head + key0 // KEYS * by_block) * 4
+        first = gl.maximum(first, gl.load(at))
+        stop = gl.minimum(stop, gl.load(at + 1))
+        open_first = gl.maximum(open_first, gl.load(at + 2))
+        open_stop = gl.minimum(open_stop, gl.load(at + 3))
+    stop = gl.maximum(stop, first)
+    if key0 + KEYS > seqlen_k:
+        open_first = stop
+    open_first = gl.minimum(gl.maximum(open_first, first), stop)
+    open_stop = gl.minimum(gl.maximum(open_stop, open_first), stop)
+    return first, open_first, open_stop, stop
 
 
 @gluon.jit
@@ -69,11 +91,10 @@ def _produce(
     LEFT: gl.constexpr, RIGHT: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """The producer warp."""
-    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, smem, bars, work, window, group, padded_q = args
+    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, smem, bars, work, window, ranges, group, padded_q = args
     q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem = smem
     q_full, do_full, kv_full = bars
     batch, kv_head, key0 = _place(work, KEYS)
-    first, stop = _query_range(key0, window, KEYS, BLOCK_M, LEFT, RIGHT)
     for wg in gl.static_range(CONSUMERS):
         if SPLIT:
             _load_at(k_desc, [batch, kv_head, key0, wg * k_desc.block_type.shape[3]], kv_full.index(wg), k_smem, wg)
@@ -85,6 +106,7 @@ def _produce(
     q_heads = work[1] * group
     for head in range(kv_head * group, (kv_head + 1) * group):
         at = (batch * q_heads + head) * padded_q
+        first, _, _, stop = _query_ranges(batch, head, key0, window, ranges, KEYS, BLOCK_M, LEFT, RIGHT)
         for tile in range(first, stop):
             row = tile * BLOCK_M
             slot = it % STAGES
@@ -137,9 +159,10 @@ def _product(kv_smem, x, acc, WG: gl.constexpr, SPLIT: gl.constexpr):
 
 @gluon.jit
 def _query_loop(
-    dk, dv, it, first, stop, place, scale, smem, bars, window, dq_desc, dq_ptr,
+    dk, dv, it, first, stop, place, scale, grad_scale, smem, bars, window, dq_desc, dq_ptr, ds_desc, operands,
     WG: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr, MASKED: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, SPLIT: gl.constexpr, s_layout: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, SPLIT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr,
+    CAPPED: gl.constexpr, s_layout: gl.constexpr,
 ):  # fmt: skip
     """Query tiles first to stop - 1."""
     q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, lse_smem, delta_smem = smem
@@ -155,6 +178,7 @@ def _query_loop(
     dk_operand: gl.constexpr = gl.DotOperandLayout(0, dk.type.layout, 2)
     columns_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
     zero = gl.zeros([ROWS, BLOCK_M], gl.float32, s_layout)
+    keys = key0 + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
     dq_zero = gl.zeros([DQ_ROWS, DQ_COLUMNS], gl.float32, dq_layout)
     for tile in range(first, stop):
         row0 = tile * BLOCK_M
@@ -164,14 +188,23 @@ def _query_loop(
         do = _tile(do_smem, do_slot)
         mbarrier.wait(q_full.index(slot), (it // STAGES) & 1)
         mbarrier.wait(do_full.index(do_slot), (it // DO_STAGES) & 1)
-        # Both start from what is to be subtracted, which then takes no registers while these are short.
-        lse = lse_smem.index(slot).load(columns_layout)
-        s = _product(k_smem, q, zero - lse[None, :], WG, SPLIT)
-        delta = delta_smem.index(do_slot).load(columns_layout)
-        dp = _product(v_smem, do, zero - delta[None, :], WG, SPLIT)
+        # Both start from what is to be added and subtracted, which then takes no registers while these are short.
+        s = zero
+        queries = row0 + gl.arange(0, BLOCK_M, columns_layout)
+        if not CAPPED:
+            s = zero - lse_smem.index(slot).load(columns_layout)[None, :]
+            if APPLY is not None:
+                terms = LOAD(operands, batch, head, queries, keys, seqlen_q, seqlen_k, MASKED)
+                s = APPLY(s, 1.0 / grad_scale, terms)[0]
+        dp = zero - delta_smem.index(do_slot).load(columns_layout)[None, :]
+        s = _product(k_smem, q, s, WG, SPLIT)
+        dp = _product(v_smem, do, dp, WG, SPLIT)
         s, dp = warpgroup_mma_wait(0, [s, dp])
+        if CAPPED:
+            terms = LOAD(operands, batch, head, queries, keys, seqlen_q, seqlen_k, MASKED)
+            s, slope = APPLY(s, scale, terms)
+            dp = dp * slope
         if MASKED:
-            keys = key0 + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
             low = keys - row0
             if RIGHT:
                 low = low - right
@@ -180,25 +213,29 @@ def _query_loop(
                 high = keys + (left + 1 - row0)
             high = gl.where(keys < seqlen_k, high, 0)
             s = _mask(s, low, high, RIGHT, s_layout)
-        p = gl.exp2(s * scale)
+        if CAPPED:
+            p = gl.exp2(s - lse_smem.index(slot).load(columns_layout)[None, :])
+        else:
+            p = gl.exp2(s * scale)
         p16 = gl.convert_layout(p.to(dtype), dv_operand, assert_trivial=True)
         ds16 = (p * dp).to(dtype)
         if SPLIT:
-            ds_smem.index(WG).store(ds16)
+            ds_slot = it * 0 + WG
         else:
-            ds_smem.index((it % 2) * 2 + WG).store(ds16)
+            ds_slot = (it % 2) * 2 + WG
+        _tile(ds_smem, ds_slot).store(ds16)
         dv = warpgroup_mma(p16, _half_if(SPLIT, do, WG), dv, is_async=True)
         fence_async_shared()
         if SPLIT:
             # Half of the columns at a time, for the registers.
-            ds = ds_smem.index(WG).permute((1, 0))
+            ds = _tile(ds_smem, WG).permute((1, 0))
             k = _tile(k_smem, WG)
             dq = warpgroup_mma(ds, _half(k, 0), dq_zero, use_acc=False, is_async=True)
             dv, p16 = warpgroup_mma_wait(1, [dv, p16])
         else:
             _sync(EXCHANGE, 256)
-            ds0 = ds_smem.index((it % 2) * 2)
-            ds1 = ds_smem.index((it % 2) * 2 + 1)
+            ds0 = _tile(ds_smem, (it % 2) * 2)
+            ds1 = _tile(ds_smem, (it % 2) * 2 + 1)
             k0 = _tile(k_smem, 0)
             k1 = _tile(k_smem, 1)
             if BLOCK_M == 128:
@@ -211,6 +248,8 @@ def _query_loop(
             dq = warpgroup_mma(ds1.permute((1, 0)), k1, dq, is_async=True)
             dv, p16 = warpgroup_mma_wait(2, [dv, p16])
         _arrive(DO_EMPTY + do_slot, THREADS)
+        if ds_desc is not None:
+            tma_store(ds_desc, [batch, head, key0, row0], ds_smem.index(ds_slot))
         ds16 = gl.convert_layout(ds16, dk_operand, assert_trivial=True)
         dk = warpgroup_mma(ds16, _half_if(SPLIT, q, WG), dk, is_async=True)
         dq = warpgroup_mma_wait(1, [dq])
@@ -249,10 +288,11 @@ def _add(dq_ptr, batch, head, row0, column0: gl.constexpr, seqlen_q, x):
 @gluon.jit
 def _consume(
     args, WG: gl.constexpr, BLOCK_M: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, SPLIT: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, SPLIT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr,
+    OPEN_LOAD: gl.constexpr, OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
     """Consumer warp group number WG."""
-    dq_desc, dq_ptr, dk_desc, dv_desc, smem, bars, work, window, group, scale, grad_scale = args
+    dq_desc, dq_ptr, ds_desc, dk_desc, dv_desc, operands, smem, bars, work, window, ranges, group, scale, grad_scale = args
     q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, lse_smem, delta_smem = smem
     q_full, do_full, kv_full = bars
     seqlen_q, seqlen_k, left, right = window
@@ -267,18 +307,6 @@ def _consume(
     dk = gl.zeros([ROWS, D], gl.float32, dk_layout)
     dv = gl.zeros([ROWS, DV], gl.float32, dv_layout)
 
-    # Upwards from the first: tiles at an edge, tiles in which nothing is hidden, tiles at the other edge.
-    first, stop = _query_range(tile_key0, window, KEYS, BLOCK_M, LEFT, RIGHT)
-    stop = gl.maximum(stop, first)
-    open_first = first
-    if RIGHT:
-        open_first = (gl.maximum(tile_key0 + KEYS - 1 - right, 0) + BLOCK_M - 1) // BLOCK_M
-    if tile_key0 + KEYS > seqlen_k:
-        open_first = stop
-    open_first = gl.minimum(gl.maximum(open_first, first), stop)
-    open_stop = stop
-    if LEFT:
-        open_stop = gl.minimum(gl.maximum(gl.maximum(tile_key0 + left + 1, 0) // BLOCK_M, open_first), stop)
     it = 0
     for i in gl.static_range(2 * CONSUMERS):
         mbarrier.wait(kv_full.index(i), 0)
@@ -286,18 +314,25 @@ def _consume(
     loop_bars = (q_full, do_full)
     for head in range(kv_head * group, (kv_head + 1) * group):
         place = (batch, head, key0)
+        first, open_first, open_stop, stop = _query_ranges(
+            batch, head, tile_key0, window, ranges, KEYS, BLOCK_M, LEFT, RIGHT
+        )
+        # Upwards from the first: tiles at an edge, tiles in which nothing is hidden, tiles at the other edge.
         dk, dv, it = _query_loop(
-            dk, dv, it, first, open_first, place, scale, loop_smem, loop_bars, window, dq_desc, dq_ptr,
-            WG, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, SPLIT, s_layout,
+            dk, dv, it, first, open_first, place, scale, grad_scale, loop_smem, loop_bars, window, dq_desc, dq_ptr,
+            ds_desc, operands,
+            WG, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, SPLIT, LOAD, APPLY, CAPPED, s_layout,
         )  # fmt: skip
         dk, dv, it = _query_loop(
-            dk, dv, it, open_first, open_stop, place, scale, loop_smem, loop_bars, window, dq_desc, dq_ptr,
-            WG, BLOCK_M, STAGES, DO_STAGES, False, LEFT, RIGHT, SPLIT, s_layout,
+            dk, dv, it, open_first, open_stop, place, scale, grad_scale, loop_smem, loop_bars, window, dq_desc, dq_ptr,
+            ds_desc, operands,
+            WG, BLOCK_M, STAGES, DO_STAGES, False, LEFT, RIGHT, SPLIT, OPEN_LOAD, OPEN_APPLY, CAPPED, s_layout,
         )  # fmt: skip
-        if LEFT:
+        if LEFT or ranges is not None:
             dk, dv, it = _query_loop(
-                dk, dv, it, open_stop, stop, place, scale, loop_smem, loop_bars, window, dq_desc, dq_ptr,
-                WG, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, SPLIT, s_layout,
+                dk, dv, it, open_stop, stop, place, scale, grad_scale, loop_smem, loop_bars, window, dq_desc, dq_ptr,
+                ds_desc, operands,
+                WG, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, SPLIT, LOAD, APPLY, CAPPED, s_layout,
             )  # fmt: skip
 
     # Out by way of K's and V's shared memory, which both consumers are done with.
@@ -313,9 +348,10 @@ def _consume(
 @gluon.jit(do_not_specialize=["n_tiles", "kv_heads", "heads", "section", "group", "padded_q", "seqlen_q", "seqlen_k",
                                 "left", "right"])
 def backward_kernel(
-    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, dq_ptr, dk_desc, dv_desc,
+    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, dq_ptr, ds_desc, dk_desc, dv_desc, ranges, operands,
     n_tiles, kv_heads, heads, section, group, padded_q, seqlen_q, seqlen_k, left, right, scale, grad_scale,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
+    OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = q_desc.block_type.shape[2]
     KEYS: gl.constexpr = ROWS if SPLIT else 2 * ROWS
@@ -325,8 +361,8 @@ def backward_kernel(
     do_smem = _ring((do_desc,), DO_STAGES)[0]
     k_smem = _ring((k_desc,), CONSUMERS)[0]
     v_smem = _ring((v_desc,), CONSUMERS)[0]
-    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, BLOCK_M], dtype)
-    ds_smem = gl.allocate_shared_memory(dtype, [CONSUMERS if SPLIT else 2 * CONSUMERS, ROWS, BLOCK_M], ds_layout)
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, ROWS, BLOCK_M], dtype)
+    ds_smem = gl.allocate_shared_memory(dtype, [CONSUMERS if SPLIT else 2 * CONSUMERS, 1, 1, ROWS, BLOCK_M], ds_layout)
     dq_smem = lse_desc  # anything: Gluon takes no None here
     if dq_desc is not None:
         dq_smem = gl.allocate_shared_memory(gl.float32, [2] + dq_desc.block_type.shape, dq_desc.layout)
@@ -342,17 +378,23 @@ def backward_kernel(
     bars = (q_full, do_full, kv_full)
     produce = (
         q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc,
-        (q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem), bars, work, window, group, padded_q,
+        (q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem), bars, work, window, ranges, group, padded_q,
     )  # fmt: skip
     consume = (
-        dq_desc, (dq_ptr, kv_heads * group, WIDTH), dk_desc, dv_desc,
-        (q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, lse_smem, delta_smem), bars, work, window, group, scale,
-        grad_scale,
+        dq_desc, (dq_ptr, kv_heads * group, WIDTH), ds_desc, dk_desc, dv_desc, operands,
+        (q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, lse_smem, delta_smem), bars, work, window, ranges, group,
+        scale, grad_scale,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_consume, (consume, 0, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, SPLIT)),
-            (_consume, (consume, 1, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, SPLIT)),
+            (_consume, (
+                consume, 0, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, SPLIT, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY,
+                CAPPED,
+            )),
+            (_consume, (
+                consume, 1, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, SPLIT, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY,
+                CAPPED,
+            )),
             (_produce, (produce, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, SPLIT)),
         ],
         [4, 1],

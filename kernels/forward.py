@@ -140,8 +140,8 @@ def attention_forward(
     """
     key = (
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.get_device(),
-        k.get_device(), v.get_device(), scale, window_left, window_right, softcap, None if bias is None else _key(bias),
-        None if mask is None else _key(mask), None if sinks is None else _key(sinks),
+        k.get_device(), v.get_device(), scale, window_left, window_right, softcap, None if bias is None else key_of(bias),
+        None if mask is None else key_of(mask), None if sinks is None else key_of(sinks),
     )  # fmt: skip
     q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
     call = _calls.get(key)
@@ -173,7 +173,8 @@ def attention_forward(
     return out, lse
 
 
-def _key(x: Tensor) -> tuple:
+def key_of(x: Tensor) -> tuple:
+    """What the preparation of a launch depends on in a tensor."""
     return x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15
 
 
@@ -349,19 +350,17 @@ def addressable(x: Tensor) -> Tensor:
 
 def _descriptors(x: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
     """TMA descriptors of x: [B, H, S, D] for the one or two parts of D, in blocks of `rows` rows."""
-    batch, heads, seqlen, head_dim = x.shape
-    by_batch, by_head, by_row, _ = x.stride()
-    # The stride of a dimension of size 1 may be anything in torch, but not in a descriptor.
-    strides = [
-        by_batch if batch > 1 else head_dim, by_head if heads > 1 else head_dim, by_row if seqlen > 1 else head_dim, 1
-    ]  # fmt: skip
+    strides = tma_strides(x)
     first, *second = (
-        TensorDescriptor(
-            x, [batch, heads, seqlen, head_dim], strides, [1, 1, rows, width], shared_layout(rows, width, x.dtype)
-        )
-        for width in parts(head_dim)
+        TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, width], shared_layout(rows, width, x.dtype))
+        for width in parts(x.shape[3])
     )
     return first, second[0] if second else None
+
+
+def tma_strides(x: Tensor) -> list[int]:
+    """x's strides, but for dimensions of size 1, where torch allows any and a descriptor does not."""
+    return [*(by if size > 1 else x.shape[3] for size, by in zip(x.shape[:3], x.stride())), 1]
 
 
 @functools.cache

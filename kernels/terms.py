@@ -1,4 +1,4 @@
-"""What shapes the scores in the forward kernel beyond a scale and a window, as generated Gluon functions.
+"""What shapes the scores in the kernels beyond a scale and a window, as generated Gluon functions.
 
 A `ScoreProgram` says what there is (a soft cap, tensors that are added or that hide keys, and the axes that each really
 has); `functions` writes the device code for it, so that a kernel pays for what it uses and nothing else.
@@ -78,18 +78,20 @@ def broadcast(kind: str, tensor: Tensor, shape: tuple[int, int, int, int]) -> Te
 
 
 @functools.cache
-def functions(program: ScoreProgram) -> tuple:
-    """`load`, `apply` and `scaled` for a program, as `forward_kernel` uses them; (None, None, False) for an empty one.
+def functions(program: ScoreProgram, backward: bool = False) -> tuple:
+    """`load`, `apply` and `scaled` for a program, as the kernels use them; (None, None, False) for an empty one.
 
     load(operands, batch, head, rows, columns, seqlen_q, seqlen_k, BOUNDED) reads what the terms need of one tile: rows
     and columns are indices in the layouts of the scores' axes, and BOUNDED says whether columns may lie past the end.
     apply(s, scale, loaded) makes scores of products of q and k. If scaled, they come out multiplied by scale, which is
     in units of log2(e); else that is left to the softmax, which does it for nothing.
+    If backward, scores are [keys, queries], and apply returns two things: with a soft cap, scores and their derivative
+    by s * scale; without one, s with the terms, bias times scale, and 1.
     """
     if program == ScoreProgram():
         return None, None, False
-    source = _load_source(program) + "\n\n" + _apply_source(program)
-    filename = f"<fa3_inductor {program}>"
+    source = _load_source(program, backward) + "\n\n" + _apply_source(program, backward)
+    filename = f"<fa3_inductor {program} {backward}>"
     # Triton reads a function's source where inspect finds it.
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     namespace = {"gl": gl, "__name__": __name__}
@@ -101,7 +103,13 @@ def _is_scaled(program: ScoreProgram) -> bool:
     return program.softcap is not None or any(term.kind == "bias" for term in program.terms)
 
 
-def _load_source(program: ScoreProgram) -> str:
+def _axes(backward: bool) -> tuple[str, str]:
+    """How queries and keys of one dimension become those of the scores."""
+    return ("[None, :]", "[:, None]") if backward else ("[:, None]", "[None, :]")
+
+
+def _load_source(program: ScoreProgram, backward: bool) -> str:
+    by_query, by_key = _axes(backward)
     lines = ["def load(operands, batch, head, rows, columns, seqlen_q, seqlen_k, BOUNDED: gl.constexpr):"]
     lines += ["    rows = gl.minimum(rows, seqlen_q - 1).to(gl.int64)"]
     for n, term in enumerate(program.terms):
@@ -115,12 +123,12 @@ def _load_source(program: ScoreProgram) -> str:
             if term.axes[axis]:
                 lines.append(f"    at = at + {name} * {index[axis]}")
         if term.axes[2]:
-            suffix = "[:, None]" if term.axes[3] else ""
+            suffix = by_query if term.axes[3] else ""
             lines.append(f"    at = at + (rows * {index[2]}){suffix}")
         if not term.axes[3]:
             lines.append(f"    t{n} = gl.load(at)")
             continue
-        suffix = "[None, :]" if term.axes[2] else ""
+        suffix = by_key if term.axes[2] else ""
         columns = "columns" if term.aligned else f"columns.to(gl.int64) * {index[3]}"
         lines.append(f"    at = at + ({columns}){suffix}")
         lines.append("    if BOUNDED:")
@@ -131,10 +139,11 @@ def _load_source(program: ScoreProgram) -> str:
     return "\n".join(lines)
 
 
-def _apply_source(program: ScoreProgram) -> str:
+def _apply_source(program: ScoreProgram, backward: bool) -> str:
+    by_query, by_key = _axes(backward)
     log2e = math.log2(math.e)
     lines = ["def apply(s, scale, loaded):"]
-    if program.softcap is None and _is_scaled(program):
+    if program.softcap is None and _is_scaled(program) and not backward:
         lines.append("    s = s * scale")
     if program.softcap is not None:
         # tanh(x) = 1 - 2 / (1 + exp(2x)): the hardware's own tanh is off by 5e-4, which a cap of 50 turns into 0.03.
@@ -146,10 +155,14 @@ def _apply_source(program: ScoreProgram) -> str:
         lines.append(f"    s = r * {-2 * cap!r} + {cap!r}")
     for n, term in enumerate(program.terms):
         query, key = term.axes[2:]
-        suffix = "" if query and key or not query and not key else "[:, None]" if query else "[None, :]"
+        suffix = "" if query == key else by_query if query else by_key
         if term.kind == "bias":
-            lines.append(f"    s = s + loaded[{n}].to(gl.float32){suffix} * {log2e!r}")
+            factor = "scale" if backward and program.softcap is None else repr(log2e)
+            lines.append(f"    s = s + loaded[{n}].to(gl.float32){suffix} * {factor}")
         else:
             lines.append(f'    s = gl.where((loaded[{n}] != 0){suffix}, s, float("-inf"))')
-    lines.append("    return s")
+    if backward:
+        lines.append("    return s, " + ("1.0" if program.softcap is None else "r * (4.0 - 4.0 * r)"))
+    else:
+        lines.append("    return s")
     return "\n".join(lines)

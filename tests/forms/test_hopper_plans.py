@@ -10,9 +10,6 @@ from .harness import assert_as_good_as_eager, error, fuse, run
 
 FUSED = [f for f in forms.FORMS if f.reason is None]
 
-# What the backward has kernels for. Other masks and biases run on scaled_dot_product_attention in training.
-TRAINABLE_MASKS = ("full", "causal", "sliding window")
-
 
 @pytest.fixture(autouse=True)
 def as_on_hopper(monkeypatch):
@@ -41,8 +38,7 @@ def test_training(form):
     )
     assert_as_good_as_eager(ours, eager, exact, dtype)
     (site,) = report.sites
-    kernel = form.mask.startswith(TRAINABLE_MASKS) and "&" not in form.mask
-    assert (site.status, site.mask, site.target) == ("fused", form.mask, "hopper" if kernel else "sdpa"), site.verdict
+    assert (site.status, site.mask, site.target) == ("fused", form.mask, "hopper"), site.verdict
 
 
 def shifted(q, k, v, fill):
@@ -70,7 +66,7 @@ def test_rows_that_see_nothing(fn, fill, grads):
     dtype = torch.bfloat16
     ours, eager, exact = (run(f, args, d, grads) for f, d in ((compiled, dtype), (fn, dtype), (fn, torch.float64)))
     (site,) = report.sites
-    assert site.target == ("hopper" if fn is shifted or not grads else "sdpa"), site.verdict
+    assert site.target == "hopper", site.verdict
     assert_as_good_as_eager(ours, eager, exact, dtype)
 
 

@@ -50,23 +50,23 @@ def test_reference(fn, dtype):
     assert (site.status, site.target, site.mask) == ("fused", "reference", CAPS[fn][1]), site.verdict
 
 
-@pytest.mark.parametrize("fn", CAPS, ids=lambda f: f.__name__)
-def test_as_planned_for_hopper(fn, monkeypatch):
+@pytest.mark.parametrize("fn, grads", [(f, g) for f in CAPS for g in (False, True) if f is not biased or not g])
+def test_as_planned_for_hopper(fn, grads, monkeypatch):
     monkeypatch.setattr(plan, "_not_hopper", lambda device: None)
     seen = []
     monkeypatch.setattr(plan, "_kernel_name", lambda spec, dtype: seen.append(spec.softcap) or "kernel")
     compiled, report = fuse(fn)
-    compare(compiled, fn, qkv(), torch.bfloat16, False)
+    compare(compiled, fn, qkv(), torch.bfloat16, grads)
     (site,) = report.sites
     assert (site.status, site.target) == ("fused", "hopper") and seen == [pytest.approx(CAPS[fn][0])]
 
 
-def test_no_kernel_has_its_gradient(monkeypatch):
+def test_no_kernel_has_the_gradient_of_a_bias_beside_it(monkeypatch):
     monkeypatch.setattr(plan, "_not_hopper", lambda device: None)
-    compiled, report = fuse(gemma)
-    compare(compiled, gemma, qkv(), torch.bfloat16, True)
+    compiled, report = fuse(biased)
+    compare(compiled, biased, qkv(), torch.bfloat16, True)
     (site,) = report.sites
-    assert (site.status, site.reason) == ("rejected", Reason.SCORE_OP) and "in training" in site.detail
+    assert (site.status, site.reason) == ("rejected", Reason.SCORE_OP) and "gradient of a bias" in site.detail
 
 
 def test_sdpa_has_none():

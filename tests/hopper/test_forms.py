@@ -9,9 +9,6 @@ from tests.forms.harness import assert_as_good_as_eager, fuse, run
 hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = pytest.mark.skipif(not hopper, reason="needs an sm_90 GPU")
 
-# What the backward has kernels for. Other masks and biases run on scaled_dot_product_attention in training.
-TRAINABLE_MASKS = ("full", "causal", "sliding window")
-
 
 @pytest.fixture(autouse=True)
 def kernel_sizes(monkeypatch):
@@ -35,9 +32,8 @@ def test_fused(form, dtype):
         ours, run(form.fn, args, dtype, form.grads), run(form.fn, args, torch.float64, form.grads), dtype
     )
     (site,) = report.sites
-    trainable = form.mask.startswith(TRAINABLE_MASKS) and "&" not in form.mask
-    kernel = dtype != torch.float32 and (trainable or not form.grads)
-    assert (site.status, site.mask, site.target) == ("fused", form.mask, "hopper" if kernel else "sdpa"), site.verdict
+    target = "sdpa" if dtype == torch.float32 else "hopper"
+    assert (site.status, site.mask, site.target) == ("fused", form.mask, target), site.verdict
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])

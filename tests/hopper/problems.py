@@ -1,0 +1,116 @@
+"""Problems for the kernels on a GPU, and how their results are judged.
+
+The tolerance scales with what the dtype can do: at most 1.5 times the error of eager PyTorch attention in the same
+dtype (gradients: twice), plus one rounding of the result.
+"""
+
+import math
+import random
+
+import torch
+
+LENGTHS = [1, 2, 63, 64, 127, 128, 129, 191, 257, 1000, 4097]
+LAYOUTS = ["bhsd", "bshd", "packed", "padded", "misaligned", "offset", "strided", "expanded"]
+
+
+def make(layout, b, h, s, d, dtype):
+    """A random [b, h, s, d] tensor that lies in memory as `layout` says."""
+    rand = lambda *shape: torch.randn(*shape, device="cuda", dtype=dtype)  # noqa: E731
+    return {
+        "bhsd": lambda: rand(b, h, s, d),
+        "bshd": lambda: rand(b, s, h, d).transpose(1, 2),
+        "packed": lambda: rand(b, s, 3, h, d)[:, :, 1].transpose(1, 2),
+        "padded": lambda: rand(b, h, s, d + 8)[..., :d],
+        "misaligned": lambda: rand(b, h, s, d + 1)[..., :d],
+        "offset": lambda: rand(b * h * s * d + 1)[1:].view(b, h, s, d),
+        "strided": lambda: rand(b, h, d, s).mT,
+        "expanded": lambda: rand(1, h, s, d).expand(b, h, s, d),
+    }[layout]()
+
+
+def eager(q, k, v, scale, right, left=None, bias=None, mask=None, softcap=None, sinks=None):
+    """What a model without fused attention computes, in the dtype of its inputs; zeros for rows that see no key."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.mT * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.to(q.dtype)
+    row = torch.arange(q.shape[2], device=q.device).unsqueeze(-1)
+    column = torch.arange(k.shape[2], device=q.device)
+    if right is not None:
+        scores = scores.masked_fill(column > row + right, -math.inf)
+    if left is not None:
+        scores = scores.masked_fill(column < row - left, -math.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(q.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+        return scores.softmax(-1)[..., :-1] @ v
+    empty = (scores == -math.inf).all(-1, keepdim=True)
+    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0) @ v
+
+
+def assert_as_good(got, baseline, exact, factor=1.5, size=0.0):
+    """The error of `got` is at most `factor` times that of `baseline`, at its worst and on average.
+
+    Beyond that one rounding is allowed: of the largest number in `exact`, or of the terms that it is a difference of,
+    should it be zero: `size` says how large those are.
+    """
+    assert got.shape == exact.shape
+    rounding = torch.finfo(got.dtype).eps / 2 * max(exact.abs().max().item(), size)
+    ours, theirs = (got.double() - exact).abs(), (baseline.double() - exact).abs()
+    assert ours.max().item() <= factor * theirs.max().item() + rounding
+    assert ours.square().mean().sqrt().item() <= factor * theirs.square().mean().sqrt().item() + rounding / 4
+
+
+HEAD_DIMS = [8, 16, 40, 64, 64, 72, 96, 128, 128, 160, 192, 256]
+
+
+def drawn(seed):
+    """A random problem: q, k, v and the options of attention_forward."""
+    pick = random.Random(seed)
+    torch.manual_seed(seed)
+    d, dtype = pick.choice(HEAD_DIMS), pick.choice([torch.bfloat16, torch.float16])
+    dv = pick.choice([d, d, pick.choice(HEAD_DIMS)])
+    b = pick.choice([1, 2, 3])
+    hq, hkv = pick.choice([(1, 1), (3, 3), (8, 2), (5, 1)])
+    sq = pick.choice(LENGTHS)
+    sk = sq if pick.random() < 0.3 else pick.choice(LENGTHS)
+    q = make(pick.choice(LAYOUTS), b, hq, sq, d, dtype)
+    k, v = make(pick.choice(LAYOUTS), b, hkv, sk, d, dtype), make(pick.choice(LAYOUTS), b, hkv, sk, dv, dtype)
+    options = dict(
+        scale=pick.choice([d**-0.5, 0.02, 0.5 * d**-0.5]),
+        window_left=pick.choice([None, None, None, 0, 100, sq, -5]),
+        window_right=pick.choice([None, 0, sk - sq, pick.randint(-sq - 1, sk + 1)]),
+    )
+    some = lambda *sizes: [pick.choice([1, size, size]) for size in sizes]  # noqa: E731
+    if pick.random() < 0.3:
+        options["bias"] = torch.randn(some(b, hq, sq, sk), device="cuda", dtype=pick.choice([dtype, torch.float32]))
+    if pick.random() < 0.3:
+        options["mask"] = torch.rand(some(b, hq, sq, sk), device="cuda") > 0.3
+    if pick.random() < 0.2:
+        options["softcap"] = pick.choice([1.0, 30.0])
+    if pick.random() < 0.2:
+        options["sinks"] = torch.randn(hq, device="cuda", dtype=pick.choice([dtype, torch.float32]))
+    return (q, k, v), options
+
+
+S = 1000
+ROW, COLUMN = torch.arange(S)[:, None], torch.arange(S)
+DOCUMENT = torch.arange(S) // 130
+PADDED = torch.tensor([0, 1, 640, 777])[:, None, None, None]
+MASKS = {  # what leaves KV tiles out, or leaves tiles in which nothing is hidden
+    "padding": COLUMN < PADDED,
+    "left padding": COLUMN >= PADDED,
+    "documents": DOCUMENT[:, None] == DOCUMENT,
+    "causal documents": (DOCUMENT[:, None] == DOCUMENT) & (ROW >= COLUMN),
+    "padded documents": (DOCUMENT[:, None] == DOCUMENT) & (COLUMN < PADDED),
+    "chunks and a prefix": (ROW // 256 == COLUMN // 256) | (COLUMN < 200),
+    "a band": (COLUMN > ROW + 100) & (COLUMN < ROW + 700),
+    "far from the diagonal": (COLUMN - ROW).abs() > 300,
+    "one hole": (ROW != 500) | (COLUMN != 500),
+    "one key": (ROW == 500) & (COLUMN == 500),
+    "by head": torch.tensor([True, False, True, False])[:, None, None],
+    "by query": ROW % 3 != 0,
+}
