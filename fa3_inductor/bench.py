@@ -5,6 +5,9 @@ are medians over replays of a CUDA graph, the contestants taking turns; TFLOP/s 
 causal. `--peers DIR` adds FlashAttention-3 itself, from a wheel of fa3-fwd in DIR; `--plot FILE` draws the grid (needs
 matplotlib). Nothing is timed before it has been compared with float64.
 
+`python -m fa3_inductor.bench backward`: the same for the gradients, with 2.5 times the FLOPs; here `--peers DIR` holds
+the wheels of xformers 0.0.34, which has all of FlashAttention-3 in it, and of nvidia-cuda-runtime-cu12.
+
 `python -m fa3_inductor.bench features`: what head dims, windows and terms on the scores cost, beside the plain kernel.
 
 `python -m fa3_inductor.bench launch`: microseconds that a call keeps the host busy.
@@ -14,6 +17,7 @@ of whole calls.
 """
 
 import argparse
+import ctypes
 import functools
 import glob
 import itertools
@@ -29,27 +33,42 @@ from collections.abc import Callable
 
 import torch
 import triton
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from fa3_inductor import ops  # noqa: F401  (registers the operators)
+from fa3_inductor.kernels.backward import attention_backward
 from fa3_inductor.kernels.forward import attention_forward
-from fa3_inductor.kernels.reference import attention_reference
+from fa3_inductor.kernels.reference import attention_backward_reference, attention_reference
 
 TOKENS, WIDTH = 16384, 2048
+
+
+def unpacked(folder: str, wheel: str) -> str:
+    """A new folder with what the wheel in `folder` has in it."""
+    site = tempfile.mkdtemp(prefix="fa3_inductor_peer_")
+    zipfile.ZipFile(glob.glob(os.path.join(folder, wheel))[0]).extractall(site)
+    return site
 
 
 @functools.cache
 def flash_attention_3(folder: str) -> Callable:
     """FlashAttention-3's `flash_attn_func` on [B, S, H, D], out of the wheel of fa3-fwd in `folder`."""
-    wheel = glob.glob(os.path.join(folder, "fa3_fwd-*.whl"))[0]
-    site = tempfile.mkdtemp(prefix="fa3_inductor_peer_")
-    zipfile.ZipFile(wheel).extractall(site)
-    sys.path.insert(0, site)
+    sys.path.insert(0, unpacked(folder, "fa3_fwd-*.whl"))
     sys.modules.setdefault("flash_attn_config", types.ModuleType("flash_attn_config"))  # the wheel lacks it
     import fa3_fwd_interface
 
     return fa3_fwd_interface.flash_attn_func
+
+
+@functools.cache
+def flash_attention_3_backward(folder: str) -> Callable:
+    """FlashAttention-3's operator for the gradients of [B, S, H, D], out of xformers' wheel in `folder`."""
+    runtime = unpacked(folder, "nvidia_cuda_runtime_cu12-*.whl")
+    ctypes.CDLL(os.path.join(runtime, "nvidia/cuda_runtime/lib/libcudart.so.12"), mode=ctypes.RTLD_GLOBAL)
+    torch.ops.load_library(os.path.join(unpacked(folder, "xformers-*.whl"), "xformers/flash_attn_3/_C.so"))
+    return torch.ops.flash_attn_3.bwd
 
 
 @functools.cache
@@ -64,24 +83,54 @@ def flex_attention() -> Callable:
     return lambda q, k, v, causal: compiled(q, k, v, block_mask=causal_mask(q.shape[2]) if causal else None)
 
 
-def forward_providers(q, k, v, causal: bool, peers: str | None) -> dict[str, Callable[[], torch.Tensor]]:
+def forward_providers(q, k, v, causal: bool, peers: str | None) -> tuple[dict[str, Callable[[], tuple]], None]:
     """What computes the same attention of q, k, v: [B, H, S, D], by name."""
     scale = q.shape[3] ** -0.5
 
     def sdpa(backend):
         with sdpa_kernel(backend):
-            return scaled_dot_product_attention(q, k, v, is_causal=causal)
+            return (scaled_dot_product_attention(q, k, v, is_causal=causal),)
 
     providers = {
-        "ours": lambda: attention_forward(q, k, v, scale=scale, window_right=0 if causal else None)[0],
+        "ours": lambda: attention_forward(q, k, v, scale=scale, window_right=0 if causal else None)[:1],
         "cuDNN": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
         "FA2": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
-        "Flex": lambda: flex_attention()(q, k, v, causal),
+        "Flex": lambda: (flex_attention()(q, k, v, causal),),
     }
     if peers:
         function, bshd = flash_attention_3(peers), [x.transpose(1, 2) for x in (q, k, v)]
-        providers["FA3"] = lambda: function(*bshd, causal=causal).transpose(1, 2)
-    return providers
+        providers["FA3"] = lambda: (function(*bshd, causal=causal).transpose(1, 2),)
+    return providers, None
+
+
+def backward_providers(q, k, v, causal: bool, peers: str | None) -> tuple[dict[str, Callable[[], tuple]], Tensor]:
+    """What computes dq, dk, dv of the same attention, by name, and the gradient of its result that they start from."""
+    scale = q.shape[3] ** -0.5
+    options = dict(scale=scale, window_right=0 if causal else None)
+    out, lse = attention_forward(q, k, v, **options)
+    dout = torch.randn_like(out)
+    none = torch.empty(0, dtype=torch.int64, device="cuda")
+    aten, seqlen = torch.ops.aten, q.shape[2]
+    of_cudnn = (dout, q, k, v, out, lse.unsqueeze(-1), none, none, None, None, None, seqlen, seqlen, 0.0, causal)
+    of_flash = (dout, q, k, v, out, lse, None, None, seqlen, seqlen, 0.0, causal, none.new_empty(2), none)
+    providers = {
+        "ours": lambda: attention_backward(dout, q, k, v, None, None, out, lse, **options)[:3],
+        "cuDNN": lambda: aten._scaled_dot_product_cudnn_attention_backward(*of_cudnn, scale=scale),
+        "FA2": lambda: aten._scaled_dot_product_flash_attention_backward(*of_flash, scale=scale),
+    }
+    if peers:
+        function, bshd = flash_attention_3_backward(peers), [x.transpose(1, 2) for x in (dout, q, k, v, out)]
+        grads = [torch.empty_like(x) for x in bshd[1:4]]
+
+        def flash_attention_3():
+            function(*bshd, lse, *grads, softmax_scale=scale, is_causal=causal)
+            return [x.transpose(1, 2) for x in grads]
+
+        providers["FA3"] = flash_attention_3
+    return providers, dout
+
+
+PROVIDERS = {"forward": forward_providers, "backward": backward_providers}
 
 
 def replay_ms(function: Callable, rep: int = 50) -> float:
@@ -107,27 +156,31 @@ def inputs(batch: int, heads: int, seqlen: int, head_dim: int) -> list[torch.Ten
     ]
 
 
-def check(head_dim: int, causal: bool, names: list[str], peers: str | None) -> None:
+def check(what: str, head_dim: int, causal: bool, names: list[str], peers: str | None) -> None:
     """Raises AssertionError if one of the providers is wrong on a small problem."""
     q, k, v = inputs(2, 2, 1000, head_dim)
-    exact, _ = attention_reference(
-        *(x.double() for x in (q, k, v)), scale=head_dim**-0.5, window_right=0 if causal else None
-    )
-    for name, function in forward_providers(q, k, v, causal, peers).items():
-        if name in names:
-            error = ((function().double() - exact).norm() / exact.norm()).item()
+    double = [x.double() for x in (q, k, v)]
+    options = dict(scale=head_dim**-0.5, window_right=0 if causal else None)
+    exact = attention_reference(*double, **options)
+    providers, dout = PROVIDERS[what](q, k, v, causal, peers)
+    if what == "backward":
+        exact = attention_backward_reference(dout.double(), *double, None, None, *exact, **options)
+    for name, function in providers.items():
+        for got, want in zip(function(), exact) if name in names else ():
+            error = ((got.double() - want).norm() / want.norm()).item()
             assert error < 5e-3, f"{name} is wrong: D {head_dim}, causal {causal}, relative error {error}"
 
 
-def forward(args: argparse.Namespace) -> list[dict]:
-    """Every head_dim, mask and length of the grid."""
+def grid(args: argparse.Namespace) -> list[dict]:
+    """Every head_dim, mask and length, forward or backward."""
     rows = []
     for head_dim, causal in itertools.product((64, 128, 256), (False, True)):
-        check(head_dim, causal, args.providers, args.peers)
+        check(args.what, head_dim, causal, args.providers, args.peers)
         for seqlen in args.seqlens:
             batch, heads = max(1, TOKENS // seqlen), WIDTH // head_dim
             flops = 4 * batch * heads * seqlen**2 * head_dim / (2 if causal else 1)
-            providers = forward_providers(*inputs(batch, heads, seqlen, head_dim), causal, args.peers)
+            flops *= 2.5 if args.what == "backward" else 1
+            providers, _ = PROVIDERS[args.what](*inputs(batch, heads, seqlen, head_dim), causal, args.peers)
             times = in_turns({name: providers[name] for name in args.providers if name in providers})
             tflops = {name: flops / ms / 1e9 for name, ms in times.items()}
             rows.append(dict(head_dim=head_dim, causal=causal, seqlen=seqlen, tflops=tflops))
@@ -155,7 +208,7 @@ def summary(rows: list[dict]) -> dict[str, tuple[float, float]]:
 
 
 def plot(rows: list[dict], file: str) -> None:
-    """Draws the grid of `forward` as a PNG."""
+    """Draws what `grid` measured as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -316,15 +369,15 @@ def model(args: argparse.Namespace) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fa3_inductor.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["forward", "features", "launch", "model"])
+    parser.add_argument("what", choices=["forward", "backward", "features", "launch", "model"])
     parser.add_argument("--seqlens", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--providers", nargs="+", default=["ours", "FA3", "cuDNN", "FA2", "Flex"])
-    parser.add_argument("--peers", metavar="DIR", help="folder with a wheel of fa3-fwd")
+    parser.add_argument("--peers", metavar="DIR", help="folder with FlashAttention-3's wheels")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there")
-    parser.add_argument("--plot", metavar="FILE", help="draw the grid of `forward` there, as a PNG")
+    parser.add_argument("--plot", metavar="FILE", help="draw the grid there, as a PNG")
     args = parser.parse_args()
     torch.manual_seed(0)
-    rows = {"forward": forward, "features": features, "launch": launch, "model": model}[args.what](args)
+    rows = {"forward": grid, "backward": grid, "features": features, "launch": launch, "model": model}[args.what](args)
     if args.json:
         versions = dict(torch=torch.__version__, triton=triton.__version__, cudnn=torch.backends.cudnn.version())
         with open(args.json, "w") as file:

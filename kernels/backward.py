@@ -69,8 +69,8 @@ def attention_backward(
     """Gradients of `attention_forward`'s out, on a Hopper GPU.
 
     Args:
-        dout: [B, Hq, Sq, Dv], of q's dtype; out and lse: what `attention_forward` returned, with the sink in lse if there
-            was one.
+        dout: [B, Hq, Sq, Dv], of q's dtype; out and lse: what `attention_forward` returned, lse with the sink in it if
+            there was one.
         bias_grad: whether bias has a gradient. Then a 16-bit number is stored for every score.
 
     The others are those of `attention_forward`, and what it says of them holds here.
@@ -174,8 +174,8 @@ def _prepare(dout, q, k, v, bias, mask, out, lse, *, scale, window_left, window_
         grid, args = ranges_arguments(whole, ranges, tile.keys, tile.block_m)
         find_ranges = launch.prepare(ranges_kernel, grid, args, (whole, ranges), {"num_warps": 16})
     grid, args = launch_arguments(
-        dout, q, k, v, bias, mask, lse2, delta, sums, dk, dv, dscores, ranges, scale, window_left, window_right, softcap,
-        tile=tile,
+        dout, q, k, v, bias, mask, lse2, delta, sums, dk, dv, dscores, ranges, scale, window_left, window_right,
+        softcap, tile=tile,
     )  # fmt: skip
     operands = (operand for operand, *_ in args[_OPERANDS])
     tensors = (dout, q, k, v, lse2, delta, sums, dk, dv, dscores, ranges, *operands)

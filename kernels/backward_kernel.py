@@ -158,6 +158,13 @@ def _product(kv_smem, x, acc, WG: gl.constexpr, SPLIT: gl.constexpr):
 
 
 @gluon.jit
+def _minus(columns, zero):
+    """-columns in every row, in registers of its own: for what LLVM copies after a product's fence ptxas waits (C7517)."""
+    x = zero + columns[None, :]
+    return gl.inline_asm_elementwise("neg.f32 $0, $1;", "=r,r", [x], gl.float32, False, 1)
+
+
+@gluon.jit
 def _query_loop(
     dk, dv, it, first, stop, place, scale, grad_scale, smem, bars, window, dq_desc, dq_ptr, ds_desc, operands,
     WG: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr, MASKED: gl.constexpr,
@@ -189,14 +196,14 @@ def _query_loop(
         mbarrier.wait(q_full.index(slot), (it // STAGES) & 1)
         mbarrier.wait(do_full.index(do_slot), (it // DO_STAGES) & 1)
         # Both start from what is to be added and subtracted, which then takes no registers while these are short.
+        dp = _minus(delta_smem.index(do_slot).load(columns_layout), zero)
         s = zero
         queries = row0 + gl.arange(0, BLOCK_M, columns_layout)
         if not CAPPED:
-            s = zero - lse_smem.index(slot).load(columns_layout)[None, :]
+            s = _minus(lse_smem.index(slot).load(columns_layout), zero)
             if APPLY is not None:
                 terms = LOAD(operands, batch, head, queries, keys, seqlen_q, seqlen_k, MASKED)
                 s = APPLY(s, 1.0 / grad_scale, terms)[0]
-        dp = zero - delta_smem.index(do_slot).load(columns_layout)[None, :]
         s = _product(k_smem, q, s, WG, SPLIT)
         dp = _product(v_smem, do, dp, WG, SPLIT)
         s, dp = warpgroup_mma_wait(0, [s, dp])
@@ -292,7 +299,8 @@ def _consume(
     OPEN_LOAD: gl.constexpr, OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
     """Consumer warp group number WG."""
-    dq_desc, dq_ptr, ds_desc, dk_desc, dv_desc, operands, smem, bars, work, window, ranges, group, scale, grad_scale = args
+    dq_desc, dq_ptr, ds_desc, dk_desc, dv_desc, operands, smem, bars, work, window, ranges, group = args[:12]
+    scale, grad_scale = args[12:]
     q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, lse_smem, delta_smem = smem
     q_full, do_full, kv_full = bars
     seqlen_q, seqlen_k, left, right = window
@@ -345,8 +353,20 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["n_tiles", "kv_heads", "heads", "section", "group", "padded_q", "seqlen_q", "seqlen_k",
-                                "left", "right"])
+@gluon.jit(
+    do_not_specialize=[
+        "n_tiles",
+        "kv_heads",
+        "heads",
+        "section",
+        "group",
+        "padded_q",
+        "seqlen_q",
+        "seqlen_k",
+        "left",
+        "right",
+    ]
+)
 def backward_kernel(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, dq_ptr, ds_desc, dk_desc, dv_desc, ranges, operands,
     n_tiles, kv_heads, heads, section, group, padded_q, seqlen_q, seqlen_k, left, right, scale, grad_scale,

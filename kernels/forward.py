@@ -140,8 +140,9 @@ def attention_forward(
     """
     key = (
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.get_device(),
-        k.get_device(), v.get_device(), scale, window_left, window_right, softcap, None if bias is None else key_of(bias),
-        None if mask is None else key_of(mask), None if sinks is None else key_of(sinks),
+        k.get_device(), v.get_device(), scale, window_left, window_right, softcap,
+        None if bias is None else key_of(bias), None if mask is None else key_of(mask),
+        None if sinks is None else key_of(sinks),
     )  # fmt: skip
     q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
     call = _calls.get(key)

@@ -59,6 +59,6 @@ def statistics_arguments(
     padded, head_dim = scaled.shape[2], dq.shape[3]
     columns = triton.next_power_of_2(max(head_dim, head_dim_v))
     return (batch * heads * (padded // BLOCK), 1, 1), (
-        out, dout, lse, scaled, delta, dq, *out.stride()[:3], *dout.stride(), *lse.stride(), lse_scale, heads, seqlen, padded,
-        head_dim_v, head_dim, BLOCK, columns,
+        out, dout, lse, scaled, delta, dq, *out.stride()[:3], *dout.stride(), *lse.stride(), lse_scale, heads, seqlen,
+        padded, head_dim_v, head_dim, BLOCK, columns,
     )  # fmt: skip

@@ -52,11 +52,11 @@ def test_each_rule(change, sentence):
     assert offline.violations(dataclasses.replace(GOOD, **change), {240, 24}) == [sentence]
 
 
-def test_loops_over_the_edges_of_a_mask_may_spill_more():
+def test_limits_of_a_case():
     report = dataclasses.replace(GOOD, spill_bytes=448, loop_spills=20)
     assert len(offline.violations(report, {240, 24})) == 2
-    assert offline.violations(report, {240, 24}, has_mask=True) == []
-    assert len(offline.violations(dataclasses.replace(GOOD, spill_bytes=452, loop_spills=21), {240, 24}, True)) == 2
+    assert offline.violations(report, {240, 24}, (448, 20)) == []
+    assert len(offline.violations(report, {240, 24}, (447, 19))) == 2
 
 
 def code(*lines):

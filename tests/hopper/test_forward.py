@@ -17,6 +17,7 @@ from fa3_inductor.kernels.forward import attention_forward
 
 from .problems import MASKS, S, assert_as_good, drawn, eager
 
+
 @pytest.mark.parametrize("seed", range(120))
 def test_matches_float64(seed):
     (q, k, v), options = drawn(seed)

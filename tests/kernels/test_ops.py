@@ -1,12 +1,10 @@
 """`fa3::attention` as an operator: fakes, strides, autograd, opcheck, torch.compile. No GPU needed."""
 
-import math
-
 import pytest
 import torch
 
 from fa3_inductor import ops
-from fa3_inductor.kernels.reference import attention_backward_reference, attention_reference
+from fa3_inductor.kernels.reference import attention_reference
 
 attention = torch.ops.fa3.attention
 

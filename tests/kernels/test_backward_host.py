@@ -1,0 +1,60 @@
+"""The host side of the backward kernel, and its work distribution run as plain Python. No GPU needed."""
+
+import itertools
+import types
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fa3_inductor.kernels import backward, backward_kernel  # noqa: E402
+
+
+def as_python(function, program_id=0):
+    """A Gluon function of scalars as a Python function."""
+    gl = types.SimpleNamespace(minimum=min, maximum=max, program_id=lambda axis: program_id)
+    return types.FunctionType(function.fn.__code__, {"gl": gl})
+
+
+@pytest.mark.parametrize("left", [None, -5, 0, 3, 100, 1000], ids=str)
+@pytest.mark.parametrize("right", [None, -70, -1, 0, 5, 300], ids=str)
+@pytest.mark.parametrize("seqlens", [(1, 1), (300, 300), (300, 77), (64, 1000), (513, 512)], ids=str)
+def test_ranges_of_query_tiles(seqlens, left, right):
+    """Every visible pair is in a tile of its keys, and in an open tile there is nothing else."""
+    seqlen_q, seqlen_k = seqlens
+    keys, block_m = 128, 64
+    query_ranges = as_python(backward_kernel._query_ranges)
+    window = (seqlen_q, seqlen_k, left or 0, right or 0)
+    for key0 in range(0, seqlen_k, keys):
+        has = left is not None, right is not None
+        first, open_first, open_stop, stop = query_ranges(0, 0, key0, window, None, keys, block_m, *has)
+        assert 0 <= first <= open_first <= open_stop <= stop
+        visible = torch.zeros(-(-seqlen_q // block_m) * block_m, keys, dtype=torch.bool)
+        for i, j in itertools.product(range(seqlen_q), range(key0, min(key0 + keys, seqlen_k))):
+            visible[i, j - key0] = (left is None or j >= i - left) and (right is None or j <= i + right)
+        for tile, rows in enumerate(visible.split(block_m)):
+            assert first <= tile < stop or not rows.any()
+            if open_first <= tile < open_stop:  # rows past the end have no weights in any case
+                assert rows[: seqlen_q - tile * block_m].all()
+
+
+@pytest.mark.parametrize("n_tiles, kv_heads, batch, section", [(4, 3, 2, 1), (4, 3, 2, 4), (1, 5, 1, 2), (7, 2, 3, 6)])
+def test_every_tile_has_one_block(n_tiles, kv_heads, batch, section):
+    work = (n_tiles, kv_heads, batch * kv_heads, section)
+    places = [as_python(backward_kernel._place, pid)(work, 128) for pid in range(n_tiles * batch * kv_heads)]
+    assert sorted(places) == sorted(itertools.product(range(batch), range(kv_heads), range(0, 128 * n_tiles, 128)))
+    first = [key0 for _, _, key0 in places[: section * n_tiles]]
+    assert first == sorted(first)  # causal: the longest first
+
+
+def test_every_tile_divides_what_statistics_are_padded_to():
+    for _, *tiles in backward.TILES:
+        for tile in tiles:
+            assert backward.MULTIPLE % tile.block_m == 0
+
+
+def test_a_bias_beside_a_soft_cap_has_no_gradient():
+    x = torch.zeros(1, 1, 8, 8)
+    with pytest.raises(ValueError, match="beside a soft cap"):
+        backward.attention_backward(x, x, x, x, x, None, x, x, scale=1.0, softcap=1.0, bias_grad=True)
