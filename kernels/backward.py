@@ -14,6 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
 from fa3_inductor.kernels import launch, output_like
+from fa3_inductor.kernels.around import finish_arguments, finish_kernel, statistics_arguments, statistics_kernel
 from fa3_inductor.kernels.backward_kernel import backward_kernel
 from fa3_inductor.kernels.forward import (
     ROWS,
@@ -25,7 +26,6 @@ from fa3_inductor.kernels.forward import (
     tma_strides,
 )
 from fa3_inductor.kernels.ranges import ranges_arguments, ranges_kernel, ranges_shape
-from fa3_inductor.kernels.statistics import statistics_arguments, statistics_kernel
 from fa3_inductor.kernels.terms import broadcast, functions, program_of
 
 _LOG2E = math.log2(math.e)
@@ -100,19 +100,20 @@ def attention_backward(
                 _calls[key] = _prepare(dout, q, k, v, bias, mask, out, lse, **options)
             return attention_backward(dout, q, k, v, bias, mask, out, lse, **options)
     dq, dk, dv, rows, sums, dscores, ranges = _buffers(q, k, v, mask, call.tile, bias_grad)
-    if call.launch is not None:
+    if call.launch is None:
+        for x in (dq, dk, dv):
+            x.zero_()
+    else:
         stream = driver.active.get_current_stream(call.device)
         at = rows.data_ptr()
         statistics = at, at + 4 * rows[0].numel()
-        call.find_statistics(
-            stream, out.data_ptr(), dout.data_ptr(), lse.data_ptr(), *statistics, sums.data_ptr()
-        )  # fmt: skip
+        call.find_statistics(stream, *(x.data_ptr() for x in (out, dout, lse)), *statistics, sums.data_ptr())
         if call.find_ranges is not None:
             call.find_ranges(stream, mask.data_ptr(), ranges.data_ptr())
         more = (x.data_ptr() for x in (dscores, ranges, bias, mask) if x is not None)
         addresses = (x.data_ptr() for x in (dout, q, k, v))
         call.launch(stream, *addresses, *statistics, sums.data_ptr(), dk.data_ptr(), dv.data_ptr(), *more)
-    torch.mul(sums[..., : q.shape[3]], scale, out=dq)
+        call.finish(stream, sums.data_ptr(), dq.data_ptr())
     if not bias_grad:
         return dq, dk, dv, None
     dbias = dscores[..., : q.shape[2]].mT
@@ -131,6 +132,7 @@ class _Call(NamedTuple):
     launch: launch.Launch | None  # None: there is nothing to compute
     find_statistics: launch.Launch | None
     find_ranges: launch.Launch | None  # of the mask
+    finish: launch.Launch | None
     tile: Tile
     device: int
 
@@ -161,7 +163,7 @@ def _prepare(dout, q, k, v, bias, mask, out, lse, *, scale, window_left, window_
     tile = tile_for(q.shape[3], v.shape[3], not (bias is None and mask is None and softcap is None))
     dq, dk, dv, rows, sums, dscores, ranges = _buffers(q, k, v, mask, tile, bias_grad)
     if not (dq.numel() and dk.numel()):
-        return _Call(None, None, None, tile, q.get_device())
+        return _Call(None, None, None, None, tile, q.get_device())
     lse2, delta = rows
     lse_scale = 1 / scale if softcap is None else _LOG2E
     grid, args = statistics_arguments(out, dout, lse, lse2, delta, sums, lse_scale)
@@ -180,7 +182,9 @@ def _prepare(dout, q, k, v, bias, mask, out, lse, *, scale, window_left, window_
     operands = (operand for operand, *_ in args[_OPERANDS])
     tensors = (dout, q, k, v, lse2, delta, sums, dk, dv, dscores, ranges, *operands)
     main = launch.prepare(backward_kernel, grid, args, tuple(x for x in tensors if x is not None), {"num_warps": 4})
-    return _Call(main, find_statistics, find_ranges, tile, q.get_device())
+    grid, args = finish_arguments(sums, dq, scale)
+    finish = launch.prepare(finish_kernel, grid, args, (sums, dq), {"num_warps": 4})
+    return _Call(main, find_statistics, find_ranges, finish, tile, q.get_device())
 
 
 _OPERANDS = 12  # which argument of the kernel they are

@@ -159,7 +159,7 @@ def _product(kv_smem, x, acc, WG: gl.constexpr, SPLIT: gl.constexpr):
 
 @gluon.jit
 def _minus(columns, zero):
-    """-columns in every row, in registers of its own: for what LLVM copies after a product's fence ptxas waits (C7517)."""
+    """-columns in every row, in registers of its own: for what LLVM copies after a fence, ptxas waits (C7517)."""
     x = zero + columns[None, :]
     return gl.inline_asm_elementwise("neg.f32 $0, $1;", "=r,r", [x], gl.float32, False, 1)
 

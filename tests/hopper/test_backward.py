@@ -53,12 +53,12 @@ def check(q, k, v, *, scale, window_left=None, window_right=None, bias=None, mas
     exact = attention_backward_reference(dout.double(), *double, mask, *exact_out, **in_double)
     for x, ours, t, e in zip((q, k, v, bias), got, theirs, exact):
         assert ours.is_contiguous() if x is bias else ours.stride() == output_like(x, x.shape[3]).stride()
-        size = 1e-2
+        size = 1e-1  # of the terms in a row of dS, whose sum may be zero
         if x is bias:  # a sum that may be zero, of numbers that were rounded to 16 bits
             ours = ours.to(q.dtype)
             whole = double[3].expand(*q.shape[:3], k.shape[2])
             terms = attention_backward_reference(dout.double(), *double[:3], whole, mask, *exact_out, **in_double)[3]
-            size = 6 * terms.square().sum_to_size(bias.shape).sqrt().max().item()
+            size = 6 * terms.square().sum_to_size(bias.shape).sqrt().max().item() + 1e-2
         assert_as_good(ours, t, e, factor=2.0, size=size)
 
 

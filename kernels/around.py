@@ -1,7 +1,7 @@
-"""What the backward kernel reads of each query row: its log-sum-exp, and dO . O (a Triton kernel).
+"""What runs before and after the backward kernel, as Triton kernels: the rows' statistics, and dQ's rounding.
 
-FlashAttention-3 has such a pass too (Shah et al., 2024, arXiv:2407.08608, appendix B.1); the backward kernel would have
-to read all of O otherwise.
+FlashAttention-3 has such passes too (Shah et al., 2024, arXiv:2407.08608, appendix B.1): else every block of the backward
+kernel would have to read all of O, and dQ is a sum over blocks that is not there before the last of them.
 """
 
 import triton
@@ -61,4 +61,33 @@ def statistics_arguments(
     return (batch * heads * (padded // BLOCK), 1, 1), (
         out, dout, lse, scaled, delta, dq, *out.stride()[:3], *dout.stride(), *lse.stride(), lse_scale, heads, seqlen,
         padded, head_dim_v, head_dim, BLOCK, columns,
+    )  # fmt: skip
+
+
+@triton.jit
+def finish_kernel(
+    sums_ptr, dq_ptr, dq_batch, dq_head, dq_row, scale, heads, seqlen, blocks, head_dim,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program for each block of ROWS rows."""
+    flat = tl.program_id(0) // blocks
+    row = (tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    batch, head = (flat // heads).to(tl.int64), (flat % heads).to(tl.int64)
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = (row < seqlen) & (column < head_dim)
+    x = tl.load(sums_ptr + (flat.to(tl.int64) * seqlen + row) * WIDTH + column, mask=inside, other=0)
+    to = dq_ptr + batch * dq_batch + head * dq_head + row * dq_row + column
+    tl.store(to, (x * scale).to(dq_ptr.dtype.element_ty), mask=inside)
+
+
+def finish_arguments(sums: Tensor, dq: Tensor, scale: float) -> tuple[tuple[int, int, int], tuple]:
+    """The grid and the arguments of the kernel that makes dq of its sums.
+
+    Args:
+        sums: float32, contiguous, [B, Hq, Sq, D or more]; dq: [B, Hq, Sq, D], D contiguous.
+    """
+    batch, heads, seqlen, head_dim = dq.shape
+    blocks, columns = triton.cdiv(seqlen, BLOCK), triton.next_power_of_2(head_dim)
+    return (batch * heads * blocks, 1, 1), (
+        sums, dq, *dq.stride()[:3], scale, heads, seqlen, blocks, head_dim, sums.shape[3], BLOCK, columns
     )  # fmt: skip
