@@ -1,7 +1,7 @@
 """What runs before and after the backward kernel, as Triton kernels: the rows' statistics, and dQ's rounding.
 
-FlashAttention-3 has such passes too (Shah et al., 2024, arXiv:2407.08608, appendix B.1): else every block of the backward
-kernel would have to read all of O, and dQ is a sum over blocks that is not there before the last of them.
+FlashAttention-3 has such passes too (Shah et al., 2024, arXiv:2407.08608, appendix B.1): else every block of the
+backward kernel would have to read all of O, and dQ is a sum over blocks that is not there before the last of them.
 """
 
 import triton
@@ -14,7 +14,7 @@ BLOCK = 32  # rows of a program
 @triton.jit
 def statistics_kernel(
     out_ptr, dout_ptr, lse_ptr, scaled_ptr, delta_ptr, dq_ptr, out_batch, out_head, out_row, dout_batch, dout_head,
-    dout_row, dout_unit, lse_batch, lse_head, lse_row, lse_scale, heads, seqlen, padded, head_dim_v, head_dim,
+    dout_row, dout_unit, lse_batch, lse_head, lse_row, lse_scale, heads, seqlen, padded, head_dim_v, dq_rows, head_dim,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program for each block of ROWS rows, with those that only pad the sequence. Zeroes dQ's accumulator too."""
@@ -40,8 +40,8 @@ def statistics_kernel(
     tl.store(scaled_ptr + at, scaled)
     tl.store(delta_ptr + at, delta)
     zero = tl.zeros([ROWS, COLUMNS], tl.float32)
-    to = dq_ptr + (flat.to(tl.int64) * seqlen + row)[:, None] * head_dim + column[None, :]
-    tl.store(to, zero, mask=there[:, None] & (column < head_dim)[None, :])
+    to = dq_ptr + (flat.to(tl.int64) * dq_rows + row)[:, None] * head_dim + column[None, :]
+    tl.store(to, zero, mask=(row < dq_rows)[:, None] & (column < head_dim)[None, :])
 
 
 def statistics_arguments(
@@ -53,21 +53,22 @@ def statistics_arguments(
         out, dout: [B, Hq, Sq, Dv], out's Dv contiguous; lse: [B, Hq, Sq] float32, natural logarithms.
         scaled, delta: float32, contiguous, [B, Hq, Sq padded to a multiple of BLOCK]: lse times lse_scale, +inf where a
             row sees nothing or is not there, and the sum of dO * O.
-        dq: float32, contiguous, [B, Hq, Sq, D]: is set to 0.
+        dq: float32, contiguous, [B, Hq, Sq or Sq padded, any width]: is set to 0.
     """
     batch, heads, seqlen, head_dim_v = out.shape
-    padded, head_dim = scaled.shape[2], dq.shape[3]
+    padded = scaled.shape[2]
+    dq_rows, head_dim = dq.shape[2:]
     columns = triton.next_power_of_2(max(head_dim, head_dim_v))
     return (batch * heads * (padded // BLOCK), 1, 1), (
         out, dout, lse, scaled, delta, dq, *out.stride()[:3], *dout.stride(), *lse.stride(), lse_scale, heads, seqlen,
-        padded, head_dim_v, head_dim, BLOCK, columns,
+        padded, head_dim_v, dq_rows, head_dim, BLOCK, columns,
     )  # fmt: skip
 
 
 @triton.jit
 def finish_kernel(
-    sums_ptr, dq_ptr, dq_batch, dq_head, dq_row, scale, heads, seqlen, blocks, head_dim,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    sums_ptr, dq_ptr, dq_batch, dq_head, dq_row, scale, heads, seqlen, sums_rows, blocks, head_dim,
+    WIDTH: tl.constexpr, PERMUTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program for each block of ROWS rows."""
     flat = tl.program_id(0) // blocks
@@ -75,19 +76,24 @@ def finish_kernel(
     batch, head = (flat // heads).to(tl.int64), (flat % heads).to(tl.int64)
     column = tl.arange(0, COLUMNS)[None, :]
     inside = (row < seqlen) & (column < head_dim)
-    x = tl.load(sums_ptr + (flat.to(tl.int64) * seqlen + row) * WIDTH + column, mask=inside, other=0)
+    source = column
+    if PERMUTED:
+        source = column // 16 * 16 + column % 8 // 2 * 4 + column % 16 // 8 * 2 + column % 2
+    x = tl.load(sums_ptr + (flat.to(tl.int64) * sums_rows + row) * WIDTH + source, mask=inside, other=0)
     to = dq_ptr + batch * dq_batch + head * dq_head + row * dq_row + column
     tl.store(to, (x * scale).to(dq_ptr.dtype.element_ty), mask=inside)
 
 
-def finish_arguments(sums: Tensor, dq: Tensor, scale: float) -> tuple[tuple[int, int, int], tuple]:
+def finish_arguments(sums: Tensor, dq: Tensor, scale: float, permuted: bool) -> tuple[tuple[int, int, int], tuple]:
     """The grid and the arguments of the kernel that makes dq of its sums.
 
     Args:
-        sums: float32, contiguous, [B, Hq, Sq, D or more]; dq: [B, Hq, Sq, D], D contiguous.
+        sums: float32, contiguous, [B, Hq, Sq or more, D or more]; dq: [B, Hq, Sq, D], D contiguous.
+        permuted: whether column 16i + 8j + 2c + e of dq is column 16i + 4c + 2j + e of sums.
     """
     batch, heads, seqlen, head_dim = dq.shape
     blocks, columns = triton.cdiv(seqlen, BLOCK), triton.next_power_of_2(head_dim)
     return (batch * heads * blocks, 1, 1), (
-        sums, dq, *dq.stride()[:3], scale, heads, seqlen, blocks, head_dim, sums.shape[3], BLOCK, columns
+        sums, dq, *dq.stride()[:3], scale, heads, seqlen, sums.shape[2], blocks, head_dim, sums.shape[3], permuted,
+        BLOCK, columns,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Attention backward on Hopper (sm_90a), BF16 and FP16: tile tables, what the kernel takes, and its launch.
 
-`backward_kernel.py` is the device code and `reference.py` the specification.
+`backward_kernel.py` and, for a head_dim above 128, `backward_wide_kernel.py` are the device code, `reference.py` the
+specification.
 """
 
 import math
@@ -16,6 +17,7 @@ from triton.runtime import driver
 from fa3_inductor.kernels import launch, output_like
 from fa3_inductor.kernels.around import finish_arguments, finish_kernel, statistics_arguments, statistics_kernel
 from fa3_inductor.kernels.backward_kernel import backward_kernel
+from fa3_inductor.kernels.backward_wide_kernel import PERMUTED, backward_wide_kernel
 from fa3_inductor.kernels.forward import (
     ROWS,
     addressable,
@@ -37,20 +39,22 @@ class Tile:
 
     block_m: int  # query rows per tile
     width: int  # columns of q, k, v and dO in shared memory
-    split: bool = False  # consumers have the same 64 keys and half of the columns each, else 64 keys each
+    wide: bool = False  # of the wide kernel: 64 keys, and the consumers have different roles
     stages: int = 2  # Q tiles in shared memory
     do_stages: int = 2
+    how: int = PERMUTED.value  # the wide kernel adds to dQ in global memory, and ...
+    late: bool = False  # ... whether it works all of dQ out after dK and dV
 
     @property
     def keys(self) -> int:
-        return ROWS if self.split else 2 * ROWS
+        return ROWS if self.wide else 2 * ROWS
 
 
 # (largest head_dim of q, k and v, tile, tile with terms on the scores): the first that is large enough.
 TILES = (
     (64, Tile(128, 64), Tile(64, 64)),
     (128, Tile(64, 128), Tile(64, 128)),
-    (256, Tile(64, 256, split=True), Tile(64, 256, split=True)),
+    (256, Tile(64, 256, wide=True), Tile(64, 256, wide=True)),
 )
 MULTIPLE = 128  # of query rows, to which the rows' statistics are padded: all tiles' block_m divide it
 
@@ -143,7 +147,8 @@ def _buffers(q, k, v, mask, tile, bias_grad) -> tuple:
     padded = -(-seqlen_q // MULTIPLE) * MULTIPLE
     dq, dk, dv = (output_like(x, x.shape[3]) for x in (q, k, v))
     rows = q.new_empty((2, batch, q_heads, padded), dtype=torch.float32)
-    sums = q.new_empty((batch, q_heads, seqlen_q, tile.width if tile.split else head_dim), dtype=torch.float32)
+    shape = (batch, q_heads, padded, max(_columns(head_dim), 192)) if tile.wide else q.shape
+    sums = q.new_empty(shape, dtype=torch.float32)
     dscores = q.new_zeros((batch, q_heads, k.shape[2], padded)) if bias_grad else None
     ranges = None
     if mask is not None:
@@ -179,15 +184,16 @@ def _prepare(dout, q, k, v, bias, mask, out, lse, *, scale, window_left, window_
         dout, q, k, v, bias, mask, lse2, delta, sums, dk, dv, dscores, ranges, scale, window_left, window_right,
         softcap, tile=tile,
     )  # fmt: skip
+    kernel = backward_wide_kernel if tile.wide else backward_kernel
     operands = (operand for operand, *_ in args[_OPERANDS])
     tensors = (dout, q, k, v, lse2, delta, sums, dk, dv, dscores, ranges, *operands)
-    main = launch.prepare(backward_kernel, grid, args, tuple(x for x in tensors if x is not None), {"num_warps": 4})
-    grid, args = finish_arguments(sums, dq, scale)
+    main = launch.prepare(kernel, grid, args, tuple(x for x in tensors if x is not None), {"num_warps": 4})
+    grid, args = finish_arguments(sums, dq, scale, tile.wide and tile.how == PERMUTED.value)
     finish = launch.prepare(finish_kernel, grid, args, (sums, dq), {"num_warps": 4})
     return _Call(main, find_statistics, find_ranges, finish, tile, q.get_device())
 
 
-_OPERANDS = 12  # which argument of the kernel they are
+_OPERANDS = 11  # which argument of the kernels they are
 
 
 def launch_arguments(
@@ -199,7 +205,7 @@ def launch_arguments(
     """The grid and the arguments of the kernel.
 
     Args:
-        lse, delta: of the statistics kernel; sums: dQ's accumulator, float32 [B, Hq, Sq, D or the tile's width].
+        lse, delta: of the statistics kernel; sums: dQ's accumulator, as `_buffers` has it.
         dscores: 16-bit [B, Hq, Sk, padded Sq], to be filled with dS^T.
         ranges: of the mask's transpose, for blocks of the tile's keys and query tiles of its block_m.
     """
@@ -219,18 +225,28 @@ def launch_arguments(
     section = 1
     if has_left or has_right:  # the longest first, and heads enough at a time for two rounds
         section = max(1, min(heads, 2 * (sm_count or multiprocessors(q.device)) // n_tiles))
-    width = tile.width // 2 if tile.split else tile.width
-    dq_width = tile.width if tile.block_m == 128 else tile.width // 2
+    width, width_v = tile.width, tile.width
+    dq = sums
+    options = tile.stages, tile.do_stages
+    if tile.wide:
+        columns, columns_v = sums.shape[3], _columns(v.shape[3])
+        width_v = 128 if columns_v == 128 else width
+        options += columns, columns_v, tile.how, tile.late or softcap is not None
+    else:
+        dq = _descriptor(sums, ROWS, width if tile.block_m == 128 else width // 2)
     return (heads * n_tiles, 1, 1), (
-        _descriptor(q, tile.block_m, tile.width), _descriptor(dout, tile.block_m, tile.width),
-        _descriptor(k, ROWS, width), _descriptor(v, ROWS, width), _flat(lse, tile.block_m), _flat(delta, tile.block_m),
-        None if tile.split else _descriptor(sums, ROWS, dq_width), sums if tile.split else None,
+        _descriptor(q, tile.block_m, width), _descriptor(dout, tile.block_m, width_v), _descriptor(k, ROWS, width),
+        _descriptor(v, ROWS, width_v), _flat(lse, tile.block_m), _flat(delta, tile.block_m), dq,
         None if dscores is None else _descriptor(dscores, ROWS, tile.block_m),
-        _descriptor(dk, ROWS, width), _descriptor(dv, ROWS, width), ranges, operands,
+        _descriptor(dk, ROWS, width), _descriptor(dv, ROWS, width_v), ranges, operands,
         n_tiles, kv_heads, heads, section, q_heads // kv_heads, lse.shape[2], seqlen_q, seqlen_k, left, right,
-        scale * _LOG2E, scale, has_left, has_right, load, apply, open_load, open_apply, softcap is not None,
-        tile.split, tile.stages, tile.do_stages,
+        scale * _LOG2E, scale, has_left, has_right, load, apply, open_load, open_apply, softcap is not None, *options,
     )  # fmt: skip
+
+
+def _columns(head_dim: int) -> int:
+    """How many columns of its tiles the wide kernel multiplies."""
+    return max(128, -(-head_dim // 64) * 64)
 
 
 def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -1,4 +1,6 @@
-"""Attention backward on Hopper (sm_90a), BF16 and FP16: the device code. `backward.py` is its host side.
+"""Attention backward on Hopper (sm_90a), BF16 and FP16, for a head_dim up to 128: the device code.
+
+`backward.py` is its host side; a larger head_dim has `backward_wide_kernel.py`.
 
 A CTA has one tile of keys and walks the query tiles that see it, those of every query head of the group. One producer
 warp brings Q, dO and the rows' statistics in by TMA. Both consumer warp groups compute the scores the other way
@@ -6,8 +8,7 @@ round, as K @ Q^T, so that P^T and dS^T are in registers what dV += P^T @ dO and
 dS goes through shared memory, for dQ = dS @ K, which is added up in float32 in global memory. The algorithm is
 FlashAttention-3's (Shah et al., 2024, arXiv:2407.08608, appendix B.1); the specification is `reference.py`.
 
-Consumers share the work by keys, 64 each, up to a head_dim of 128. Beyond that dK and dV of 64 keys fill the registers
-of both, so both have the same keys and half of the columns of dK, dV and dQ each.
+Consumers share the work by keys, 64 each.
 """
 
 from triton.experimental import gluon
@@ -88,20 +89,17 @@ def _load_at(desc, coordinates, bar, smem, slot):
 @gluon.jit
 def _produce(
     args, BLOCK_M: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, SPLIT: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr,
 ):  # fmt: skip
     """The producer warp."""
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, smem, bars, work, window, ranges, group, padded_q = args
     q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem = smem
     q_full, do_full, kv_full = bars
     batch, kv_head, key0 = _place(work, KEYS)
-    for wg in gl.static_range(CONSUMERS):
-        if SPLIT:
-            _load_at(k_desc, [batch, kv_head, key0, wg * k_desc.block_type.shape[3]], kv_full.index(wg), k_smem, wg)
-            _load_at(v_desc, [batch, kv_head, key0, wg * v_desc.block_type.shape[3]], kv_full.index(2 + wg), v_smem, wg)
-        else:
-            _load_at(k_desc, [batch, kv_head, key0 + wg * ROWS, 0], kv_full.index(wg), k_smem, wg)
-            _load_at(v_desc, [batch, kv_head, key0 + wg * ROWS, 0], kv_full.index(2 + wg), v_smem, wg)
+    TILES: gl.constexpr = KEYS // ROWS
+    for i in gl.static_range(TILES):
+        _load_at(k_desc, [batch, kv_head, key0 + i * ROWS, 0], kv_full.index(i), k_smem, i)
+        _load_at(v_desc, [batch, kv_head, key0 + i * ROWS, 0], kv_full.index(TILES + i), v_smem, i)
     it = 0
     q_heads = work[1] * group
     for head in range(kv_head * group, (kv_head + 1) * group):
@@ -140,24 +138,6 @@ def _half(smem, WHICH: gl.constexpr):
 
 
 @gluon.jit
-def _half_if(SPLIT: gl.constexpr, smem, WHICH: gl.constexpr):
-    if SPLIT:
-        return _half(smem, WHICH)
-    else:
-        return smem
-
-
-@gluon.jit
-def _product(kv_smem, x, acc, WG: gl.constexpr, SPLIT: gl.constexpr):
-    """Issues acc + K @ X^T, or V @ X^T, for this consumer's keys and all columns."""
-    if SPLIT:
-        acc = warpgroup_mma(_tile(kv_smem, 0), _half(x, 0).permute((1, 0)), acc, is_async=True)
-        return warpgroup_mma(_tile(kv_smem, 1), _half(x, 1).permute((1, 0)), acc, is_async=True)
-    else:
-        return warpgroup_mma(_tile(kv_smem, WG), x.permute((1, 0)), acc, is_async=True)
-
-
-@gluon.jit
 def _minus(columns, zero):
     """-columns in every row, in registers of its own: for what LLVM copies after a fence, ptxas waits (C7517)."""
     x = zero + columns[None, :]
@@ -166,9 +146,9 @@ def _minus(columns, zero):
 
 @gluon.jit
 def _query_loop(
-    dk, dv, it, first, stop, place, scale, grad_scale, smem, bars, window, dq_desc, dq_ptr, ds_desc, operands,
+    dk, dv, it, first, stop, place, scale, grad_scale, smem, bars, window, dq_desc, ds_desc, operands,
     WG: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr, MASKED: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, SPLIT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr,
     CAPPED: gl.constexpr, s_layout: gl.constexpr,
 ):  # fmt: skip
     """Query tiles first to stop - 1."""
@@ -204,8 +184,8 @@ def _query_loop(
             if APPLY is not None:
                 terms = LOAD(operands, batch, head, queries, keys, seqlen_q, seqlen_k, MASKED)
                 s = APPLY(s, 1.0 / grad_scale, terms)[0]
-        s = _product(k_smem, q, s, WG, SPLIT)
-        dp = _product(v_smem, do, dp, WG, SPLIT)
+        s = warpgroup_mma(_tile(k_smem, WG), q.permute((1, 0)), s, is_async=True)
+        dp = warpgroup_mma(_tile(v_smem, WG), do.permute((1, 0)), dp, is_async=True)
         s, dp = warpgroup_mma_wait(0, [s, dp])
         if CAPPED:
             terms = LOAD(operands, batch, head, queries, keys, seqlen_q, seqlen_k, MASKED)
@@ -226,81 +206,51 @@ def _query_loop(
             p = gl.exp2(s * scale)
         p16 = gl.convert_layout(p.to(dtype), dv_operand, assert_trivial=True)
         ds16 = (p * dp).to(dtype)
-        if SPLIT:
-            ds_slot = it * 0 + WG
-        else:
-            ds_slot = (it % 2) * 2 + WG
+        ds_slot = (it % 2) * 2 + WG
         _tile(ds_smem, ds_slot).store(ds16)
-        dv = warpgroup_mma(p16, _half_if(SPLIT, do, WG), dv, is_async=True)
+        dv = warpgroup_mma(p16, do, dv, is_async=True)
         fence_async_shared()
-        if SPLIT:
-            # Half of the columns at a time, for the registers.
-            ds = _tile(ds_smem, WG).permute((1, 0))
-            k = _tile(k_smem, WG)
-            dq = warpgroup_mma(ds, _half(k, 0), dq_zero, use_acc=False, is_async=True)
-            dv, p16 = warpgroup_mma_wait(1, [dv, p16])
+        _sync(EXCHANGE, 256)
+        ds0 = _tile(ds_smem, (it % 2) * 2)
+        ds1 = _tile(ds_smem, (it % 2) * 2 + 1)
+        k0 = _tile(k_smem, 0)
+        k1 = _tile(k_smem, 1)
+        if BLOCK_M == 128:
+            ds0 = _half(ds0, WG)
+            ds1 = _half(ds1, WG)
         else:
-            _sync(EXCHANGE, 256)
-            ds0 = _tile(ds_smem, (it % 2) * 2)
-            ds1 = _tile(ds_smem, (it % 2) * 2 + 1)
-            k0 = _tile(k_smem, 0)
-            k1 = _tile(k_smem, 1)
-            if BLOCK_M == 128:
-                ds0 = _half(ds0, WG)
-                ds1 = _half(ds1, WG)
-            else:
-                k0 = _half(k0, WG)
-                k1 = _half(k1, WG)
-            dq = warpgroup_mma(ds0.permute((1, 0)), k0, dq_zero, use_acc=False, is_async=True)
-            dq = warpgroup_mma(ds1.permute((1, 0)), k1, dq, is_async=True)
-            dv, p16 = warpgroup_mma_wait(2, [dv, p16])
+            k0 = _half(k0, WG)
+            k1 = _half(k1, WG)
+        dq = warpgroup_mma(ds0.permute((1, 0)), k0, dq_zero, use_acc=False, is_async=True)
+        dq = warpgroup_mma(ds1.permute((1, 0)), k1, dq, is_async=True)
+        dv, p16 = warpgroup_mma_wait(2, [dv, p16])
         _arrive(DO_EMPTY + do_slot, THREADS)
         if ds_desc is not None:
             tma_store(ds_desc, [batch, head, key0, row0], ds_smem.index(ds_slot))
         ds16 = gl.convert_layout(ds16, dk_operand, assert_trivial=True)
-        dk = warpgroup_mma(ds16, _half_if(SPLIT, q, WG), dk, is_async=True)
+        dk = warpgroup_mma(ds16, q, dk, is_async=True)
         dq = warpgroup_mma_wait(1, [dq])
-        if SPLIT:
-            _add(dq_ptr, batch, head, row0, WG * 2 * DQ_COLUMNS, seqlen_q, dq)
-            dq = warpgroup_mma(ds, _half(k, 1), dq_zero, use_acc=False, is_async=True)
-            dk, ds16 = warpgroup_mma_wait(1, [dk, ds16])
-            _arrive(Q_EMPTY + slot, THREADS)
-            dq = warpgroup_mma_wait(0, [dq])
-            _add(dq_ptr, batch, head, row0, (WG * 2 + 1) * DQ_COLUMNS, seqlen_q, dq)
+        tma.store_wait(0)
+        dq_smem.index(WG).reshape([DQ_ROWS, DQ_COLUMNS]).store(dq)
+        fence_async_shared()
+        if BLOCK_M == 128:
+            tma_add(dq_desc, [batch, head, row0 + WG * DQ_ROWS, 0], dq_smem.index(WG))
         else:
-            tma.store_wait(0)
-            dq_smem.index(WG).reshape([DQ_ROWS, DQ_COLUMNS]).store(dq)
-            fence_async_shared()
-            if BLOCK_M == 128:
-                tma_add(dq_desc, [batch, head, row0 + WG * DQ_ROWS, 0], dq_smem.index(WG))
-            else:
-                tma_add(dq_desc, [batch, head, row0, WG * DQ_COLUMNS], dq_smem.index(WG))
-            dk, ds16 = warpgroup_mma_wait(0, [dk, ds16])
-            _arrive(Q_EMPTY + slot, THREADS)
+            tma_add(dq_desc, [batch, head, row0, WG * DQ_COLUMNS], dq_smem.index(WG))
+        dk, ds16 = warpgroup_mma_wait(0, [dk, ds16])
+        _arrive(Q_EMPTY + slot, THREADS)
         it += 1
     return dk, dv, it
 
 
 @gluon.jit
-def _add(dq_ptr, batch, head, row0, column0: gl.constexpr, seqlen_q, x):
-    """Adds x to dQ, whose rows have as many columns as a tile."""
-    ptr, q_heads, WIDTH = dq_ptr
-    layout: gl.constexpr = x.type.layout
-    rows = row0 + gl.arange(0, x.shape[0], gl.SliceLayout(1, layout))
-    columns = column0 + gl.arange(0, x.shape[1], gl.SliceLayout(0, layout))
-    places = ptr + ((batch * q_heads + head).to(gl.int64) * seqlen_q + rows) * WIDTH
-    gl.atomic_add(places[:, None] + columns[None, :], x, mask=(rows < seqlen_q)[:, None], sem="relaxed")
-
-
-@gluon.jit
 def _consume(
     args, WG: gl.constexpr, BLOCK_M: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, SPLIT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr,
     OPEN_LOAD: gl.constexpr, OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
     """Consumer warp group number WG."""
-    dq_desc, dq_ptr, ds_desc, dk_desc, dv_desc, operands, smem, bars, work, window, ranges, group = args[:12]
-    scale, grad_scale = args[12:]
+    dq_desc, ds_desc, dk_desc, dv_desc, operands, smem, bars, work, window, ranges, group, scale, grad_scale = args
     q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, lse_smem, delta_smem = smem
     q_full, do_full, kv_full = bars
     seqlen_q, seqlen_k, left, right = window
@@ -311,7 +261,7 @@ def _consume(
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     batch, kv_head, tile_key0 = _place(work, KEYS)
-    key0 = tile_key0 + (0 if SPLIT else WG * ROWS)
+    key0 = tile_key0 + WG * ROWS
     dk = gl.zeros([ROWS, D], gl.float32, dk_layout)
     dv = gl.zeros([ROWS, DV], gl.float32, dv_layout)
 
@@ -327,20 +277,20 @@ def _consume(
         )
         # Upwards from the first: tiles at an edge, tiles in which nothing is hidden, tiles at the other edge.
         dk, dv, it = _query_loop(
-            dk, dv, it, first, open_first, place, scale, grad_scale, loop_smem, loop_bars, window, dq_desc, dq_ptr,
+            dk, dv, it, first, open_first, place, scale, grad_scale, loop_smem, loop_bars, window, dq_desc,
             ds_desc, operands,
-            WG, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, SPLIT, LOAD, APPLY, CAPPED, s_layout,
+            WG, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, LOAD, APPLY, CAPPED, s_layout,
         )  # fmt: skip
         dk, dv, it = _query_loop(
-            dk, dv, it, open_first, open_stop, place, scale, grad_scale, loop_smem, loop_bars, window, dq_desc, dq_ptr,
+            dk, dv, it, open_first, open_stop, place, scale, grad_scale, loop_smem, loop_bars, window, dq_desc,
             ds_desc, operands,
-            WG, BLOCK_M, STAGES, DO_STAGES, False, LEFT, RIGHT, SPLIT, OPEN_LOAD, OPEN_APPLY, CAPPED, s_layout,
+            WG, BLOCK_M, STAGES, DO_STAGES, False, LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY, CAPPED, s_layout,
         )  # fmt: skip
         if LEFT or ranges is not None:
             dk, dv, it = _query_loop(
-                dk, dv, it, open_stop, stop, place, scale, grad_scale, loop_smem, loop_bars, window, dq_desc, dq_ptr,
+                dk, dv, it, open_stop, stop, place, scale, grad_scale, loop_smem, loop_bars, window, dq_desc,
                 ds_desc, operands,
-                WG, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, SPLIT, LOAD, APPLY, CAPPED, s_layout,
+                WG, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, LOAD, APPLY, CAPPED, s_layout,
             )  # fmt: skip
 
     # Out by way of K's and V's shared memory, which both consumers are done with.
@@ -348,8 +298,8 @@ def _consume(
     _tile(k_smem, WG).store((dk * grad_scale).to(dtype))
     _tile(v_smem, WG).store(dv.to(dtype))
     fence_async_shared()
-    tma_store(dk_desc, [batch, kv_head, key0, WG * D if SPLIT else 0], k_smem.index(WG))
-    tma_store(dv_desc, [batch, kv_head, key0, WG * DV if SPLIT else 0], v_smem.index(WG))
+    tma_store(dk_desc, [batch, kv_head, key0, 0], k_smem.index(WG))
+    tma_store(dv_desc, [batch, kv_head, key0, 0], v_smem.index(WG))
     tma.store_wait(0)
 
 
@@ -368,24 +318,21 @@ def _consume(
     ]
 )
 def backward_kernel(
-    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, dq_ptr, ds_desc, dk_desc, dv_desc, ranges, operands,
+    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, ds_desc, dk_desc, dv_desc, ranges, operands,
     n_tiles, kv_heads, heads, section, group, padded_q, seqlen_q, seqlen_k, left, right, scale, grad_scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
-    OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = q_desc.block_type.shape[2]
-    KEYS: gl.constexpr = ROWS if SPLIT else 2 * ROWS
-    WIDTH: gl.constexpr = q_desc.block_type.shape[3]
+    KEYS: gl.constexpr = 2 * ROWS
     dtype: gl.constexpr = q_desc.dtype
     q_smem = _ring((q_desc,), STAGES)[0]
     do_smem = _ring((do_desc,), DO_STAGES)[0]
     k_smem = _ring((k_desc,), CONSUMERS)[0]
     v_smem = _ring((v_desc,), CONSUMERS)[0]
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, ROWS, BLOCK_M], dtype)
-    ds_smem = gl.allocate_shared_memory(dtype, [CONSUMERS if SPLIT else 2 * CONSUMERS, 1, 1, ROWS, BLOCK_M], ds_layout)
-    dq_smem = lse_desc  # anything: Gluon takes no None here
-    if dq_desc is not None:
-        dq_smem = gl.allocate_shared_memory(gl.float32, [2] + dq_desc.block_type.shape, dq_desc.layout)
+    ds_smem = gl.allocate_shared_memory(dtype, [2 * CONSUMERS, 1, 1, ROWS, BLOCK_M], ds_layout)
+    dq_smem = gl.allocate_shared_memory(gl.float32, [CONSUMERS] + dq_desc.block_type.shape, dq_desc.layout)
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], lse_desc.layout)
     delta_smem = gl.allocate_shared_memory(gl.float32, [DO_STAGES, BLOCK_M], lse_desc.layout)
     q_full = _barriers(STAGES)
@@ -401,21 +348,21 @@ def backward_kernel(
         (q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem), bars, work, window, ranges, group, padded_q,
     )  # fmt: skip
     consume = (
-        dq_desc, (dq_ptr, kv_heads * group, WIDTH), ds_desc, dk_desc, dv_desc, operands,
+        dq_desc, ds_desc, dk_desc, dv_desc, operands,
         (q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, lse_smem, delta_smem), bars, work, window, ranges, group,
         scale, grad_scale,
     )  # fmt: skip
     gl.warp_specialize(
         [
             (_consume, (
-                consume, 0, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, SPLIT, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY,
+                consume, 0, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY,
                 CAPPED,
             )),
             (_consume, (
-                consume, 1, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, SPLIT, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY,
+                consume, 1, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY,
                 CAPPED,
             )),
-            (_produce, (produce, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, SPLIT)),
+            (_produce, (produce, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT)),
         ],
         [4, 1],
         [240, 24],

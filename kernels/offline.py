@@ -166,7 +166,8 @@ def backward_case(
         dout, q, k, v, added, hidden, rows[0].clone(), rows[1].clone(), sums, dk, dv, dscores, ranges, 0.1,
         *WINDOWS[window], softcap, tile=tile, sm_count=132,
     )  # fmt: skip
-    return Case(backward.backward_kernel, args, {"num_warps": 4}, {240, 24}, SPILLS_OF_BACKWARD)
+    kernel = backward.backward_wide_kernel if tile.wide else backward.backward_kernel
+    return Case(kernel, args, {"num_warps": 4}, {240, 24}, SPILLS_OF_BACKWARD)
 
 
 WINDOWS = {"full": (None, None), "causal": (None, 0), "window": (511, 0)}
