@@ -68,7 +68,7 @@ def statistics_arguments(
 @triton.jit
 def finish_kernel(
     sums_ptr, dq_ptr, dq_batch, dq_head, dq_row, scale, heads, seqlen, sums_rows, blocks, head_dim,
-    WIDTH: tl.constexpr, PERMUTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program for each block of ROWS rows."""
     flat = tl.program_id(0) // blocks
@@ -76,24 +76,20 @@ def finish_kernel(
     batch, head = (flat // heads).to(tl.int64), (flat % heads).to(tl.int64)
     column = tl.arange(0, COLUMNS)[None, :]
     inside = (row < seqlen) & (column < head_dim)
-    source = column
-    if PERMUTED:
-        source = column // 16 * 16 + column % 8 // 2 * 4 + column % 16 // 8 * 2 + column % 2
-    x = tl.load(sums_ptr + (flat.to(tl.int64) * sums_rows + row) * WIDTH + source, mask=inside, other=0)
+    x = tl.load(sums_ptr + (flat.to(tl.int64) * sums_rows + row) * WIDTH + column, mask=inside, other=0)
     to = dq_ptr + batch * dq_batch + head * dq_head + row * dq_row + column
     tl.store(to, (x * scale).to(dq_ptr.dtype.element_ty), mask=inside)
 
 
-def finish_arguments(sums: Tensor, dq: Tensor, scale: float, permuted: bool) -> tuple[tuple[int, int, int], tuple]:
+def finish_arguments(sums: Tensor, dq: Tensor, scale: float) -> tuple[tuple[int, int, int], tuple]:
     """The grid and the arguments of the kernel that makes dq of its sums.
 
     Args:
         sums: float32, contiguous, [B, Hq, Sq or more, D or more]; dq: [B, Hq, Sq, D], D contiguous.
-        permuted: whether column 16i + 8j + 2c + e of dq is column 16i + 4c + 2j + e of sums.
     """
     batch, heads, seqlen, head_dim = dq.shape
     blocks, columns = triton.cdiv(seqlen, BLOCK), triton.next_power_of_2(head_dim)
     return (batch * heads * blocks, 1, 1), (
-        sums, dq, *dq.stride()[:3], scale, heads, seqlen, sums.shape[2], blocks, head_dim, sums.shape[3], permuted,
-        BLOCK, columns,
+        sums, dq, *dq.stride()[:3], scale, heads, seqlen, sums.shape[2], blocks, head_dim, sums.shape[3], BLOCK,
+        columns,
     )  # fmt: skip

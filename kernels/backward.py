@@ -17,7 +17,7 @@ from triton.runtime import driver
 from fa3_inductor.kernels import launch, output_like
 from fa3_inductor.kernels.around import finish_arguments, finish_kernel, statistics_arguments, statistics_kernel
 from fa3_inductor.kernels.backward_kernel import backward_kernel
-from fa3_inductor.kernels.backward_wide_kernel import PERMUTED, backward_wide_kernel
+from fa3_inductor.kernels.backward_wide_kernel import backward_wide_kernel
 from fa3_inductor.kernels.forward import (
     ROWS,
     addressable,
@@ -42,8 +42,6 @@ class Tile:
     wide: bool = False  # of the wide kernel: 64 keys, and the consumers have different roles
     stages: int = 2  # Q tiles in shared memory
     do_stages: int = 2
-    how: int = PERMUTED.value  # the wide kernel adds to dQ in global memory, and ...
-    late: bool = False  # ... whether it works all of dQ out after dK and dV
 
     @property
     def keys(self) -> int:
@@ -188,7 +186,7 @@ def _prepare(dout, q, k, v, bias, mask, out, lse, *, scale, window_left, window_
     operands = (operand for operand, *_ in args[_OPERANDS])
     tensors = (dout, q, k, v, lse2, delta, sums, dk, dv, dscores, ranges, *operands)
     main = launch.prepare(kernel, grid, args, tuple(x for x in tensors if x is not None), {"num_warps": 4})
-    grid, args = finish_arguments(sums, dq, scale, tile.wide and tile.how == PERMUTED.value)
+    grid, args = finish_arguments(sums, dq, scale)
     finish = launch.prepare(finish_kernel, grid, args, (sums, dq), {"num_warps": 4})
     return _Call(main, find_statistics, find_ranges, finish, tile, q.get_device())
 
@@ -231,7 +229,7 @@ def launch_arguments(
     if tile.wide:
         columns, columns_v = sums.shape[3], _columns(v.shape[3])
         width_v = 128 if columns_v == 128 else width
-        options += columns, columns_v, tile.how, tile.late or softcap is not None
+        options += columns, columns_v, softcap is not None
     else:
         dq = _descriptor(sums, ROWS, width if tile.block_m == 128 else width // 2)
     return (heads * n_tiles, 1, 1), (

@@ -30,7 +30,7 @@ THREADS = gl.constexpr(128 * 2 + 32)  # of consumers and producer
 # Hardware barriers, as in the forward kernel.
 Q_EMPTY = gl.constexpr(8)  # and 9: one per stage
 DO_EMPTY = gl.constexpr(10)  # and 11
-EXCHANGE = gl.constexpr(12)  # the consumers' dS is there
+EXCHANGE = gl.constexpr(12)  # to 15: a consumer's dS is there, of an even tile (12 and 13) and of an odd one
 
 
 @gluon.jit
@@ -145,6 +145,17 @@ def _minus(columns, zero):
 
 
 @gluon.jit
+def _dq_operands(ds_smem, k_smem, buffer, OF: gl.constexpr, WG: gl.constexpr, BLOCK_M: gl.constexpr):
+    """dS^T and K of consumer OF's keys: as much of them as consumer WG's part of dQ needs."""
+    ds = _tile(ds_smem, buffer * CONSUMERS + OF)
+    k = _tile(k_smem, OF)
+    if BLOCK_M == 128:
+        return _half(ds, WG), k
+    else:
+        return ds, _half(k, WG)
+
+
+@gluon.jit
 def _query_loop(
     dk, dv, it, first, stop, place, scale, grad_scale, smem, bars, window, dq_desc, ds_desc, operands,
     WG: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr, MASKED: gl.constexpr,
@@ -186,7 +197,10 @@ def _query_loop(
                 s = APPLY(s, 1.0 / grad_scale, terms)[0]
         s = warpgroup_mma(_tile(k_smem, WG), q.permute((1, 0)), s, is_async=True)
         dp = warpgroup_mma(_tile(v_smem, WG), do.permute((1, 0)), dp, is_async=True)
-        s, dp = warpgroup_mma_wait(0, [s, dp])
+        if APPLY is None:
+            s = warpgroup_mma_wait(1, [s])
+        else:  # short of registers
+            s, dp = warpgroup_mma_wait(0, [s, dp])
         if CAPPED:
             terms = LOAD(operands, batch, head, queries, keys, seqlen_q, seqlen_k, MASKED)
             s, slope = APPLY(s, scale, terms)
@@ -205,31 +219,30 @@ def _query_loop(
         else:
             p = gl.exp2(s * scale)
         p16 = gl.convert_layout(p.to(dtype), dv_operand, assert_trivial=True)
+        if APPLY is None:
+            dp = warpgroup_mma_wait(0, [dp])
         ds16 = (p * dp).to(dtype)
         ds_slot = (it % 2) * 2 + WG
         _tile(ds_smem, ds_slot).store(ds16)
-        dv = warpgroup_mma(p16, do, dv, is_async=True)
         fence_async_shared()
-        _sync(EXCHANGE, 256)
-        ds0 = _tile(ds_smem, (it % 2) * 2)
-        ds1 = _tile(ds_smem, (it % 2) * 2 + 1)
-        k0 = _tile(k_smem, 0)
-        k1 = _tile(k_smem, 1)
-        if BLOCK_M == 128:
-            ds0 = _half(ds0, WG)
-            ds1 = _half(ds1, WG)
-        else:
-            k0 = _half(k0, WG)
-            k1 = _half(k1, WG)
-        dq = warpgroup_mma(ds0.permute((1, 0)), k0, dq_zero, use_acc=False, is_async=True)
-        dq = warpgroup_mma(ds1.permute((1, 0)), k1, dq, is_async=True)
-        dv, p16 = warpgroup_mma_wait(2, [dv, p16])
+        exchange = EXCHANGE + it % 2 * CONSUMERS
+        _arrive(exchange + WG, 256)
+        dv = warpgroup_mma(p16, do, dv, is_async=True)
+        # What this consumer has made itself first: the other's may not be there yet.
+        ds, k = _dq_operands(ds_smem, k_smem, it % 2, WG, WG, BLOCK_M)
+        dq = warpgroup_mma(ds.permute((1, 0)), k, dq_zero, use_acc=False, is_async=True)
+        ds16 = gl.convert_layout(ds16, dk_operand, assert_trivial=True)
+        dk = warpgroup_mma(ds16, q, dk, is_async=True)
+        _sync(exchange + (1 - WG), 256)
+        ds, k = _dq_operands(ds_smem, k_smem, it % 2, 1 - WG, WG, BLOCK_M)
+        dq = warpgroup_mma(ds.permute((1, 0)), k, dq, is_async=True)
+        dv, p16 = warpgroup_mma_wait(3, [dv, p16])
         _arrive(DO_EMPTY + do_slot, THREADS)
         if ds_desc is not None:
             tma_store(ds_desc, [batch, head, key0, row0], ds_smem.index(ds_slot))
-        ds16 = gl.convert_layout(ds16, dk_operand, assert_trivial=True)
-        dk = warpgroup_mma(ds16, q, dk, is_async=True)
-        dq = warpgroup_mma_wait(1, [dq])
+        dk, ds16 = warpgroup_mma_wait(1, [dk, ds16])
+        _arrive(Q_EMPTY + slot, THREADS)
+        dq = warpgroup_mma_wait(0, [dq])
         tma.store_wait(0)
         dq_smem.index(WG).reshape([DQ_ROWS, DQ_COLUMNS]).store(dq)
         fence_async_shared()
@@ -237,8 +250,6 @@ def _query_loop(
             tma_add(dq_desc, [batch, head, row0 + WG * DQ_ROWS, 0], dq_smem.index(WG))
         else:
             tma_add(dq_desc, [batch, head, row0, WG * DQ_COLUMNS], dq_smem.index(WG))
-        dk, ds16 = warpgroup_mma_wait(0, [dk, ds16])
-        _arrive(Q_EMPTY + slot, THREADS)
         it += 1
     return dk, dv, it
 
@@ -293,8 +304,10 @@ def _consume(
                 WG, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, LOAD, APPLY, CAPPED, s_layout,
             )  # fmt: skip
 
-    # Out by way of K's and V's shared memory, which both consumers are done with.
-    _sync(EXCHANGE, 256)
+    # Out by way of K's and V's shared memory, once the other consumer is done with it too.
+    exchange = EXCHANGE + it % 2 * CONSUMERS
+    _arrive(exchange + WG, 256)
+    _sync(exchange + (1 - WG), 256)
     _tile(k_smem, WG).store((dk * grad_scale).to(dtype))
     _tile(v_smem, WG).store(dv.to(dtype))
     fence_async_shared()

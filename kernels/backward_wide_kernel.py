@@ -59,11 +59,6 @@ TOGETHER = gl.constexpr(14)  # consumer 1 by itself
 
 PIECE = gl.constexpr(64)  # columns of dQ of one matrix product
 
-# How a piece of dQ goes to global memory, in which a thread has 2 columns side by side of what an instruction makes:
-PAIRS = gl.constexpr(0)  # as it is, 8 bytes at a time
-SHUFFLED = gl.constexpr(1)  # 16 bytes at a time, after an exchange between neighbours
-PERMUTED = gl.constexpr(2)  # 16 bytes at a time as it is; columns 16i + 8j + 2c + e are found at 16i + 4c + 2j + e
-
 
 @gluon.constexpr_function
 def _first_column(role):
@@ -78,28 +73,20 @@ def _own_columns(role, columns):
 
 
 @gluon.jit
-def _quads(x, HOW: gl.constexpr):
-    """x in a layout that has 4 columns of a thread side by side, unless HOW is PAIRS."""
-    if HOW == PAIRS:
-        return x
-    else:
-        if HOW == PERMUTED:
-            x = x.reshape([x.shape[0], x.shape[1] // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape(x.shape)
-        neighbours: gl.constexpr = [[0, 4], [0, 8]] if HOW == PERMUTED else [[0, 8], [0, 4]]
+def _add(dq_ptr, row0, column0: gl.constexpr, x, WIDTH: gl.constexpr):
+    """Adds x to dQ from row0 and column0 on, if there is such a row: not if it is negative.
+
+    Neighbours exchange columns first, so that a thread has 4 side by side and adds them at once. On an H100, 16384
+    positions full: 294 TFLOP/s without, 397 with that.
+    """
+    if row0 >= 0:
         layout: gl.constexpr = gl.DistributedLinearLayout(
             [[0, 1], [0, 2], [8, 0], [0, 16], [0, 32], [0, 64]][: 5 if x.shape[1] == 64 else 6],
-            neighbours + [[1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], x.shape,
+            [[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], x.shape,
         )  # fmt: skip
-        return gl.convert_layout(x, layout, assert_trivial=HOW == PERMUTED)
-
-
-@gluon.jit
-def _add(dq_ptr, row0, column0: gl.constexpr, x, WIDTH: gl.constexpr, HOW: gl.constexpr):
-    """Adds x to dQ from row0 and column0 on, if there is such a row: not if it is negative."""
-    if row0 >= 0:
-        quads = _quads(x, HOW)
-        rows = gl.arange(0, x.shape[0], gl.SliceLayout(1, quads.type.layout))
-        columns = column0 + gl.arange(0, x.shape[1], gl.SliceLayout(0, quads.type.layout))
+        quads = gl.convert_layout(x, layout)
+        rows = gl.arange(0, x.shape[0], gl.SliceLayout(1, layout))
+        columns = column0 + gl.arange(0, x.shape[1], gl.SliceLayout(0, layout))
         places = dq_ptr + row0.to(gl.int64) * WIDTH
         gl.atomic_add(places + rows[:, None] * WIDTH + columns[None, :], quads, sem="relaxed")
 
@@ -161,7 +148,7 @@ def _query_loop(
     acc, it, last_row, first, stop, place, scale, grad_scale, smem, bars, window, dq_ptr, ds_desc, operands,
     ROLE: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr, MASKED: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, CAPPED: gl.constexpr,
-    COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, HOW: gl.constexpr, LATE: gl.constexpr, s_layout: gl.constexpr,
+    COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, LATE: gl.constexpr, s_layout: gl.constexpr,
 ):  # fmt: skip
     """Query tiles first to stop - 1. `last_row` is where the dQ begins that is still to be done, negative for none.
 
@@ -258,11 +245,11 @@ def _query_loop(
         elif OWN == 2 * PIECE:
             dq2 = _dq(last_ds, k, COLUMN + PIECE, dq_zero)
             dq = warpgroup_mma_wait(len(acc) + 1, [dq])
-            _add(dq_ptr, last_row, COLUMN, dq, COLUMNS, HOW)
+            _add(dq_ptr, last_row, COLUMN, dq, COLUMNS)
             acc = _wait(1, acc, x16)
         else:
             dq = warpgroup_mma_wait(len(acc), [dq])
-            _add(dq_ptr, last_row, COLUMN, dq, COLUMNS, HOW)
+            _add(dq_ptr, last_row, COLUMN, dq, COLUMNS)
             acc = _wait(0, acc, x16)
         if ROLE == WEIGHTS:
             _arrive(DO_EMPTY + do_slot, THREADS)
@@ -270,10 +257,10 @@ def _query_loop(
             _arrive(Q_EMPTY + slot, THREADS)
         if LATE:
             dq = warpgroup_mma_wait(0, [dq])
-            _add(dq_ptr, last_row, COLUMN, dq, COLUMNS, HOW)
+            _add(dq_ptr, last_row, COLUMN, dq, COLUMNS)
         elif OWN == 2 * PIECE:
             dq2 = warpgroup_mma_wait(0, [dq2])
-            _add(dq_ptr, last_row, COLUMN + PIECE, dq2, COLUMNS, HOW)
+            _add(dq_ptr, last_row, COLUMN + PIECE, dq2, COLUMNS)
         last_row = head_row + row0
         it += 1
     return acc, it, last_row
@@ -284,7 +271,7 @@ def _consume(
     args, ROLE: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
     OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr,
-    HOW: gl.constexpr, LATE: gl.constexpr,
+    LATE: gl.constexpr,
 ):  # fmt: skip
     """The consumer of that role."""
     dq_ptr, ds_desc, out_desc, operands, smem, bars, work, window, ranges, group, padded_q, scale, grad_scale = args
@@ -319,18 +306,18 @@ def _consume(
         acc, it, last_row = _query_loop(
             acc, it, last_row, first, open_first, place, scale, grad_scale, smem, loop_bars, window, dq_ptr, ds_desc,
             operands, ROLE, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, LOAD, APPLY, CAPPED, COLUMNS, COLUMNS_V,
-            HOW, LATE, s_layout,
+            LATE, s_layout,
         )  # fmt: skip
         acc, it, last_row = _query_loop(
             acc, it, last_row, open_first, open_stop, place, scale, grad_scale, smem, loop_bars, window, dq_ptr,
             ds_desc, operands, ROLE, BLOCK_M, STAGES, DO_STAGES, False, LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY, CAPPED,
-            COLUMNS, COLUMNS_V, HOW, LATE, s_layout,
+            COLUMNS, COLUMNS_V, LATE, s_layout,
         )  # fmt: skip
         if LEFT or ranges is not None:
             acc, it, last_row = _query_loop(
                 acc, it, last_row, open_stop, stop, place, scale, grad_scale, smem, loop_bars, window, dq_ptr, ds_desc,
                 operands, ROLE, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, LOAD, APPLY, CAPPED, COLUMNS, COLUMNS_V,
-                HOW, LATE, s_layout,
+                LATE, s_layout,
             )  # fmt: skip
 
     if ROLE == WEIGHTS:
@@ -338,7 +325,7 @@ def _consume(
     dq_zero = _zeros(OWN)
     dq = _dq(_tile(ds_smem, (it + 1) % 2).permute((1, 0)), _tile(k_smem, 0), COLUMN, dq_zero)
     dq = warpgroup_mma_wait(0, [dq])
-    _add(dq_ptr, last_row, COLUMN, dq, COLUMNS, HOW)
+    _add(dq_ptr, last_row, COLUMN, dq, COLUMNS)
 
     # Out by way of memory of the same shape that nobody reads any more: V's after the last dS, Q's after the last dK.
     if ROLE == WEIGHTS:
@@ -367,7 +354,7 @@ def backward_wide_kernel(
     n_tiles, kv_heads, heads, section, group, padded_q, seqlen_q, seqlen_k, left, right, scale, grad_scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
     OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, HOW: gl.constexpr, LATE: gl.constexpr,
+    COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = q_desc.block_type.shape[2]
     dtype: gl.constexpr = q_desc.dtype
@@ -407,11 +394,11 @@ def backward_wide_kernel(
         [
             (_consume, (
                 weights, WEIGHTS, BLOCK_M, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY, CAPPED,
-                COLUMNS, COLUMNS_V, HOW, LATE,
+                COLUMNS, COLUMNS_V, LATE,
             )),
             (_consume, (
                 scores, SCORES, BLOCK_M, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY, CAPPED,
-                COLUMNS, COLUMNS_V, HOW, LATE,
+                COLUMNS, COLUMNS_V, LATE,
             )),
             (_produce, (produce, BLOCK_M, ROWS, STAGES, DO_STAGES, LEFT, RIGHT)),
         ],
