@@ -132,6 +132,15 @@ def _tile(smem, slot):
 
 
 @gluon.jit
+def _opaque(x):
+    """x, as a value that LLVM knows nothing of. What is worked out from it in a loop stays in the loop.
+
+    Descriptors of fixed tiles would be worked out before it, one by one, and spilled.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
+
+
+@gluon.jit
 def _half(smem, WHICH: gl.constexpr):
     HALF: gl.constexpr = smem.shape[1] // 2
     return smem.slice(WHICH * HALF, HALF, 1)
@@ -148,7 +157,7 @@ def _minus(columns, zero):
 def _dq_operands(ds_smem, k_smem, buffer, OF: gl.constexpr, WG: gl.constexpr, BLOCK_M: gl.constexpr):
     """dS^T and K of consumer OF's keys: as much of them as consumer WG's part of dQ needs."""
     ds = _tile(ds_smem, buffer * CONSUMERS + OF)
-    k = _tile(k_smem, OF)
+    k = _tile(k_smem, _opaque(OF))
     if BLOCK_M == 128:
         return _half(ds, WG), k
     else:
@@ -195,8 +204,8 @@ def _query_loop(
             if APPLY is not None:
                 terms = LOAD(operands, batch, head, queries, keys, seqlen_q, seqlen_k, MASKED)
                 s = APPLY(s, 1.0 / grad_scale, terms)[0]
-        s = warpgroup_mma(_tile(k_smem, WG), q.permute((1, 0)), s, is_async=True)
-        dp = warpgroup_mma(_tile(v_smem, WG), do.permute((1, 0)), dp, is_async=True)
+        s = warpgroup_mma(_tile(k_smem, _opaque(WG)), q.permute((1, 0)), s, is_async=True)
+        dp = warpgroup_mma(_tile(v_smem, _opaque(WG)), do.permute((1, 0)), dp, is_async=True)
         if APPLY is None:
             s = warpgroup_mma_wait(1, [s])
         else:  # short of registers

@@ -45,7 +45,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fa3_inductor.kernels.backward_kernel import DO_EMPTY, Q_EMPTY, THREADS, _place, _produce, _query_ranges, _tile
+from fa3_inductor.kernels.backward_kernel import (
+    DO_EMPTY,
+    Q_EMPTY,
+    THREADS,
+    _opaque,
+    _place,
+    _produce,
+    _query_ranges,
+    _tile,
+)
 from fa3_inductor.kernels.compat import tma_store
 from fa3_inductor.kernels.forward_kernel import ROWS, _accumulate, _arrive, _barriers, _mask, _ring, _sync
 
@@ -89,15 +98,6 @@ def _add(dq_ptr, row0, column0: gl.constexpr, x, WIDTH: gl.constexpr):
         columns = column0 + gl.arange(0, x.shape[1], gl.SliceLayout(0, layout))
         places = dq_ptr + row0.to(gl.int64) * WIDTH
         gl.atomic_add(places + rows[:, None] * WIDTH + columns[None, :], quads, sem="relaxed")
-
-
-@gluon.jit
-def _opaque(x):
-    """x, as a value that LLVM knows nothing of. What is worked out from it in a loop stays in the loop.
-
-    Descriptors of fixed tiles and the indices of masks would be worked out before it, one by one, and spilled.
-    """
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
 
 
 @gluon.jit
