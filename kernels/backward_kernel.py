@@ -135,7 +135,8 @@ def _tile(smem, slot):
 def _opaque(x):
     """x, as a value that LLVM knows nothing of. What is worked out from it in a loop stays in the loop.
 
-    Descriptors of fixed tiles would be worked out before it, one by one, and spilled.
+    Descriptors of fixed tiles would be worked out before it, one by one, and spilled. (With dQ's operands treated the
+    same there is nothing spilled at all, but at head_dim 128, 4096 positions, 476 TFLOP/s in place of 565 on an H100.)
     """
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
 
@@ -157,7 +158,7 @@ def _minus(columns, zero):
 def _dq_operands(ds_smem, k_smem, buffer, OF: gl.constexpr, WG: gl.constexpr, BLOCK_M: gl.constexpr):
     """dS^T and K of consumer OF's keys: as much of them as consumer WG's part of dQ needs."""
     ds = _tile(ds_smem, buffer * CONSUMERS + OF)
-    k = _tile(k_smem, _opaque(OF))
+    k = _tile(k_smem, OF)
     if BLOCK_M == 128:
         return _half(ds, WG), k
     else:
