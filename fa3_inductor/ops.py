@@ -21,57 +21,66 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 torch.library.define(
     "fa3::attention",
     f"(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, {_MASKING}, {_SOFTCAP}, "
-    "Tensor? sinks=None) -> (Tensor, Tensor)",
+    "Tensor? sinks=None, Tensor? seed=None, float dropout_p=0.0) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 torch.library.define(
     "fa3::attention_backward",
     f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor out, Tensor lse, {_MASKING}, "
-    f"bool bias_grad, {_SOFTCAP}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"bool bias_grad, {_SOFTCAP}, Tensor? seed=None, float dropout_p=0.0) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 
 
 @torch.library.impl("fa3::attention", "default")
-def _attention(q, k, v, bias, mask, scale, window_left, window_right, target, softcap=None, sinks=None):
+def _attention(
+    q, k, v, bias, mask, scale, window_left, window_right, target, softcap=None, sinks=None, seed=None, dropout_p=0.0
+):
     if target == "hopper" and q.is_cuda:
         from fa3_inductor.kernels.forward import attention_forward
 
         return attention_forward(
             q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap,
-            sinks=None if sinks is None else sinks.contiguous(),
+            sinks=None if sinks is None else sinks.contiguous(), seed=seed, dropout_p=dropout_p,
         )  # fmt: skip
     _check(q, k, v, bias, mask, target)
     out, lse = attention_reference(
         q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap,
-        sinks=sinks,
+        sinks=sinks, **_dropout(q, k, seed, dropout_p),
     )  # fmt: skip
     return output_like(q, v.shape[-1]).copy_(out), lse
 
 
 @torch.library.register_fake("fa3::attention")
-def _attention_fake(q, k, v, bias, mask, scale, window_left, window_right, target, softcap=None, sinks=None):
+def _attention_fake(
+    q, k, v, bias, mask, scale, window_left, window_right, target, softcap=None, sinks=None, seed=None, dropout_p=0.0
+):
     _check(q, k, v, bias, mask, target)
+    if seed is not None and (seed.dtype, seed.shape) != (torch.int64, (1,)):
+        raise ValueError(f"fa3::attention: the seed of dropout is an int64 [1], not {seed.dtype} {list(seed.shape)}")
     if sinks is not None and sinks.shape != q.shape[1:2]:
         raise ValueError(f"fa3::attention: sinks are [{q.shape[1]}], one for each query head, not {list(sinks.shape)}")
     return output_like(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
 
 
 @torch.library.impl("fa3::attention_backward", "default")
-def _backward(dout, q, k, v, bias, mask, out, lse, scale, window_left, window_right, target, bias_grad, softcap=None):
+def _backward(
+    dout, q, k, v, bias, mask, out, lse, scale, window_left, window_right, target, bias_grad, softcap=None, seed=None,
+    dropout_p=0.0,
+):  # fmt: skip
     _check(q, k, v, bias, mask, target)
     if target == "hopper" and q.is_cuda:
         from fa3_inductor.kernels.backward import attention_backward
 
         grads = attention_backward(
             dout, q, k, v, bias, mask, out, lse, scale=scale, window_left=window_left, window_right=window_right,
-            softcap=softcap, bias_grad=bias_grad,
+            softcap=softcap, bias_grad=bias_grad, seed=seed, dropout_p=dropout_p,
         )  # fmt: skip
         return grads if bias_grad else (*grads[:3], q.new_empty((0,)))
     grads = *_grads(q, k, v), _dbias(q, bias, bias_grad)
     reference = attention_backward_reference(
         dout, q, k, v, bias, mask, out, lse, scale=scale, window_left=window_left, window_right=window_right,
-        softcap=softcap,
+        softcap=softcap, **_dropout(q, k, seed, dropout_p),
     )  # fmt: skip
     for grad, value in zip(grads if bias_grad else grads[:3], reference):
         grad.copy_(value)
@@ -80,33 +89,35 @@ def _backward(dout, q, k, v, bias, mask, out, lse, scale, window_left, window_ri
 
 @torch.library.register_fake("fa3::attention_backward")
 def _backward_fake(
-    dout, q, k, v, bias, mask, out, lse, scale, window_left, window_right, target, bias_grad, softcap=None
-):
+    dout, q, k, v, bias, mask, out, lse, scale, window_left, window_right, target, bias_grad, softcap=None, seed=None,
+    dropout_p=0.0,
+):  # fmt: skip
     _check(q, k, v, bias, mask, target)
     return *_grads(q, k, v), _dbias(q, bias, bias_grad)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, bias, mask, ctx.scale, ctx.window_left, ctx.window_right, ctx.target, ctx.softcap, sinks = inputs
+    q, k, v, bias, mask, ctx.scale, ctx.window_left, ctx.window_right, ctx.target, ctx.softcap, sinks, *dropout = inputs
+    seed, ctx.dropout_p = dropout
     out, lse = output
     ctx.bias_grad = bias is not None and ctx.needs_input_grad[3]
     ctx.sinks_grad = sinks is not None and ctx.needs_input_grad[10]
-    ctx.save_for_backward(q, k, v, bias, mask, out, lse, sinks)
+    ctx.save_for_backward(q, k, v, bias, mask, out, lse, sinks, seed)
     ctx.mark_non_differentiable(lse)
 
 
 def _attention_vjp(ctx, dout, _dlse):
-    q, k, v, bias, mask, out, lse, sinks = ctx.saved_tensors
+    q, k, v, bias, mask, out, lse, sinks, seed = ctx.saved_tensors
     dq, dk, dv, dbias = torch.ops.fa3.attention_backward(
         dout, q, k, v, bias, mask, out, lse, ctx.scale, ctx.window_left, ctx.window_right, ctx.target, ctx.bias_grad,
-        ctx.softcap,
+        ctx.softcap, seed, ctx.dropout_p,
     )  # fmt: skip
     dsinks = None
     if ctx.sinks_grad:  # a sink's weight times what it adds to the output, nothing, less what the row adds up to
         weights = torch.exp(sinks.to(lse.dtype).view(1, -1, 1) - lse)
         delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         dsinks = -(weights * delta).sum((0, 2)).to(sinks.dtype)
-    return dq, dk, dv, dbias if ctx.bias_grad else None, None, None, None, None, None, None, dsinks
+    return dq, dk, dv, dbias if ctx.bias_grad else None, None, None, None, None, None, None, dsinks, None, None
 
 
 def _no_double_backward(ctx, *grads):
@@ -135,6 +146,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | 
         raise ValueError(f"fa3::attention: bias is floating point, not {bias.dtype}")
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"fa3::attention: mask is bool, not {mask.dtype}")
+
+
+def _dropout(q: Tensor, k: Tensor, seed: Tensor | None, dropout_p: float) -> dict:
+    """What the reference is told of dropout."""
+    if seed is None:
+        return {}
+    from fa3_inductor.kernels.dropout import keep_scale, kept_weights
+
+    return dict(kept=kept_weights(seed, dropout_p, (*q.shape[:3], k.shape[2])), keep_scale=keep_scale(dropout_p))
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:

@@ -33,10 +33,10 @@ def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: 
     empty = spec.empty
     if relaxed_empty_rows and empty is not Empty.IMPOSSIBLE:
         empty = Empty.ZERO
+    if requested == "reference" and spec.dropout_p < 1:
+        return Plan("reference", "fa3::attention (PyTorch)", empty)
     if requested == "reference":
-        if not spec.dropout_p:
-            return Plan("reference", "fa3::attention (PyTorch)", empty)
-        why = "the reference has no dropout"
+        why = "dropout of everything"
     elif requested == "sdpa":
         why = "asked for by config.target"
     else:
@@ -74,8 +74,8 @@ def _not_on_hopper(spec: AttentionSpec, tensors: dict[str, torch.Tensor], trains
         return "the gradient of a bias beside a soft cap"
     if spec.softcap is not None and spec.softcap > 1e3:
         return f"a soft cap of {spec.softcap:g}, at which tanh is not precise enough"
-    if spec.dropout_p:
-        return "dropout"
+    if spec.dropout_p == 1:
+        return "dropout of everything"
     for name, edge, slope in (("left", spec.mask.window_left, -1), ("right", spec.mask.window_right, 1)):
         if edge is not None and seqlen_offset(spec, edge, slope) is None:
             return f"a window whose {name} edge is known only as {edge}"
@@ -121,7 +121,11 @@ def _kernel_name(spec: AttentionSpec, dtype: torch.dtype) -> str:
     if spec.head_dim_v != spec.head_dim:
         words[-1] += f"/{spec.head_dim_v}"
     words.append("window" if mask.window_left is not None else "full" if mask.window_right is None else "causal")
-    words += ["softcap"] * (spec.softcap is not None) + ["sinks"] * (spec.sinks is not None)
+    words += (
+        ["dropout"] * (spec.dropout_p > 0)
+        + ["softcap"] * (spec.softcap is not None)
+        + ["sinks"] * (spec.sinks is not None)
+    )
     words += sorted({"bias" if t.kind is TermKind.BIAS else "mask" for t in spec.terms if t.window is None})
     return f"attention_forward[{', '.join(words)}]"
 

@@ -337,7 +337,11 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
             left = _window_edge(emit, spec, spec.mask.window_left, -1, q, k)
             right = _window_edge(emit, spec, spec.mask.window_right, 1, q, k)
         sinks = None if spec.sinks is None else emit.call("reshape", emit.operand(spec.sinks), -1)
-        options = (scale, left, right, plan.target, spec.softcap, sinks)
+        seed = None
+        if spec.dropout_p:  # from torch's own generator; kept for the backward, as any other operand is
+            device = fake_value(q).device
+            seed = emit.call(torch.randint, 0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+        options = (scale, left, right, plan.target, spec.softcap, sinks, seed, spec.dropout_p)
         pair = emit.call(torch.ops.fa3.attention.default, q, k, v, bias, mask, *options)
         out = emit.call(operator.getitem, pair, 0)
         if not exact and not biased:

@@ -18,6 +18,7 @@ from fa3_inductor.kernels import launch, output_like
 from fa3_inductor.kernels.around import finish_arguments, finish_kernel, statistics_arguments, statistics_kernel
 from fa3_inductor.kernels.backward_kernel import backward_kernel
 from fa3_inductor.kernels.backward_wide_kernel import backward_wide_kernel
+from fa3_inductor.kernels.dropout import keep_scale, threshold
 from fa3_inductor.kernels.forward import (
     ROWS,
     addressable,
@@ -66,7 +67,7 @@ def tile_for(head_dim: int, head_dim_v: int, with_terms: bool = False) -> Tile:
 def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, out: Tensor, lse: Tensor,
     *, scale: float, window_left: int | None = None, window_right: int | None = None, softcap: float | None = None,
-    bias_grad: bool = False,
+    bias_grad: bool = False, seed: Tensor | None = None, dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of `attention_forward`'s out, on a Hopper GPU.
 
@@ -86,12 +87,14 @@ def attention_backward(
     key = (
         *map(key_of, (dout, q, k, v, out, lse)), scale, window_left, window_right, softcap, bias_grad,
         None if bias is None else key_of(bias), None if mask is None else key_of(mask),
+        None if seed is None else (key_of(seed), dropout_p),
     )  # fmt: skip
     call = _calls.get(key)
     if call is None or call.device != torch.cuda.current_device():
         options = dict(
-            scale=scale, window_left=window_left, window_right=window_right, softcap=softcap, bias_grad=bias_grad
-        )
+            scale=scale, window_left=window_left, window_right=window_right, softcap=softcap, bias_grad=bias_grad,
+            seed=seed, dropout_p=dropout_p,
+        )  # fmt: skip
         with torch.cuda.device(q.device):
             if not all(map(is_addressable, (dout, q, k, v))):
                 dout, q, k, v = map(addressable, (dout, q, k, v))
@@ -112,7 +115,7 @@ def attention_backward(
         call.find_statistics(stream, *(x.data_ptr() for x in (out, dout, lse)), *statistics, sums.data_ptr())
         if call.find_ranges is not None:
             call.find_ranges(stream, mask.data_ptr(), ranges.data_ptr())
-        more = (x.data_ptr() for x in (dscores, ranges, bias, mask) if x is not None)
+        more = (x.data_ptr() for x in (dscores, ranges, bias, mask, seed) if x is not None)
         addresses = (x.data_ptr() for x in (dout, q, k, v))
         call.launch(stream, *addresses, *statistics, sums.data_ptr(), dk.data_ptr(), dv.data_ptr(), *more)
         call.finish(stream, sums.data_ptr(), dq.data_ptr())
@@ -160,10 +163,12 @@ def _by_key(q, k, mask) -> Tensor:
     return broadcast("mask", mask, (*q.shape[:3], k.shape[2])).mT
 
 
-def _prepare(dout, q, k, v, bias, mask, out, lse, *, scale, window_left, window_right, softcap, bias_grad) -> _Call:
+def _prepare(
+    dout, q, k, v, bias, mask, out, lse, *, scale, window_left, window_right, softcap, bias_grad, seed, dropout_p
+) -> _Call:  # fmt: skip
     # Tensors of our own: two of them may be one now and not at the next call.
     dout, q, k, v, out, lse = (x.detach() for x in (dout, q, k, v, out, lse))
-    tile = tile_for(q.shape[3], v.shape[3], not (bias is None and mask is None and softcap is None))
+    tile = tile_for(q.shape[3], v.shape[3], any(x is not None for x in (bias, mask, softcap, seed)))
     dq, dk, dv, rows, sums, dscores, ranges = _buffers(q, k, v, mask, tile, bias_grad)
     if not (dq.numel() and dk.numel()):
         return _Call(None, None, None, None, tile, q.get_device())
@@ -180,11 +185,11 @@ def _prepare(dout, q, k, v, bias, mask, out, lse, *, scale, window_left, window_
         find_ranges = launch.prepare(ranges_kernel, grid, args, (whole, ranges), {"num_warps": 16})
     grid, args = launch_arguments(
         dout, q, k, v, bias, mask, lse2, delta, sums, dk, dv, dscores, ranges, scale, window_left, window_right,
-        softcap, tile=tile,
+        softcap, seed, dropout_p, tile=tile,
     )  # fmt: skip
     kernel = backward_wide_kernel if tile.wide else backward_kernel
     operands = (operand for operand, *_ in args[_OPERANDS])
-    tensors = (dout, q, k, v, lse2, delta, sums, dk, dv, dscores, ranges, *operands)
+    tensors = (dout, q, k, v, lse2, delta, sums, dk, dv, dscores, ranges, *operands, seed)
     main = launch.prepare(kernel, grid, args, tuple(x for x in tensors if x is not None), {"num_warps": 4})
     grid, args = finish_arguments(sums, dq, scale)
     finish = launch.prepare(finish_kernel, grid, args, (sums, dq), {"num_warps": 4})
@@ -197,8 +202,8 @@ _OPERANDS = 11  # which argument of the kernels they are
 def launch_arguments(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, lse: Tensor, delta: Tensor,
     sums: Tensor, dk: Tensor, dv: Tensor, dscores: Tensor | None, ranges: Tensor | None, scale: float,
-    window_left: int | None = None, window_right: int | None = None, softcap: float | None = None, *, tile: Tile,
-    sm_count: int | None = None,
+    window_left: int | None = None, window_right: int | None = None, softcap: float | None = None,
+    seed: Tensor | None = None, dropout_p: float = 0.0, *, tile: Tile, sm_count: int | None = None,
 ) -> tuple[tuple[int, int, int], tuple]:  # fmt: skip
     """The grid and the arguments of the kernel.
 
@@ -238,7 +243,8 @@ def launch_arguments(
         None if dscores is None else _descriptor(dscores, ROWS, tile.block_m),
         _descriptor(dk, ROWS, width), _descriptor(dv, ROWS, width_v), ranges, operands,
         n_tiles, kv_heads, heads, section, q_heads // kv_heads, lse.shape[2], seqlen_q, seqlen_k, left, right,
-        scale * _LOG2E, scale, has_left, has_right, load, apply, open_load, open_apply, softcap is not None, *options,
+        scale * _LOG2E, scale, seed, threshold(dropout_p), keep_scale(dropout_p),
+        has_left, has_right, load, apply, open_load, open_apply, softcap is not None, *options,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fa3_inductor.kernels.compat import tma_add, tma_load, tma_store
+from fa3_inductor.kernels.dropout import kept, key_of_head
 from fa3_inductor.kernels.forward_kernel import ROWS, _arrive, _barriers, _mask, _ring, _sync
 
 CONSUMERS = gl.constexpr(2)
@@ -168,9 +169,10 @@ def _dq_operands(ds_smem, k_smem, buffer, OF: gl.constexpr, WG: gl.constexpr, BL
 @gluon.jit
 def _query_loop(
     dk, dv, it, first, stop, place, scale, grad_scale, smem, bars, window, dq_desc, ds_desc, operands,
+    random,
     WG: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr, MASKED: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr,
-    CAPPED: gl.constexpr, s_layout: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, CAPPED: gl.constexpr,
+    DROPOUT: gl.constexpr, s_layout: gl.constexpr,
 ):  # fmt: skip
     """Query tiles first to stop - 1."""
     q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, lse_smem, delta_smem = smem
@@ -197,7 +199,9 @@ def _query_loop(
         mbarrier.wait(q_full.index(slot), (it // STAGES) & 1)
         mbarrier.wait(do_full.index(do_slot), (it // DO_STAGES) & 1)
         # Both start from what is to be added and subtracted, which then takes no registers while these are short.
-        dp = _minus(delta_smem.index(do_slot).load(columns_layout), zero)
+        dp = zero
+        if not DROPOUT:
+            dp = _minus(delta_smem.index(do_slot).load(columns_layout), zero)
         s = zero
         queries = row0 + gl.arange(0, BLOCK_M, columns_layout)
         if not CAPPED:
@@ -207,14 +211,13 @@ def _query_loop(
                 s = APPLY(s, 1.0 / grad_scale, terms)[0]
         s = warpgroup_mma(_tile(k_smem, _opaque(WG)), q.permute((1, 0)), s, is_async=True)
         dp = warpgroup_mma(_tile(v_smem, _opaque(WG)), do.permute((1, 0)), dp, is_async=True)
-        if APPLY is None:
+        if APPLY is None and not DROPOUT:
             s = warpgroup_mma_wait(1, [s])
         else:  # short of registers
             s, dp = warpgroup_mma_wait(0, [s, dp])
         if CAPPED:
             terms = LOAD(operands, batch, head, queries, keys, seqlen_q, seqlen_k, MASKED)
             s, slope = APPLY(s, scale, terms)
-            dp = dp * slope
         if MASKED:
             low = keys - row0
             if RIGHT:
@@ -228,10 +231,19 @@ def _query_loop(
             p = gl.exp2(s - lse_smem.index(slot).load(columns_layout)[None, :])
         else:
             p = gl.exp2(s * scale)
-        p16 = gl.convert_layout(p.to(dtype), dv_operand, assert_trivial=True)
-        if APPLY is None:
+        if APPLY is None and not DROPOUT:
             dp = warpgroup_mma_wait(0, [dp])
-        ds16 = (p * dp).to(dtype)
+        if DROPOUT:
+            keep = kept(keys, queries, random[:3], True, s_layout)
+            dp = gl.where(keep, dp * random[3], 0.0) - delta_smem.index(do_slot).load(columns_layout)[None, :]
+            dscores = p * dp
+            p = gl.where(keep, p, 0.0)
+        else:
+            dscores = p * dp
+        if CAPPED:
+            dscores = dscores * slope
+        p16 = gl.convert_layout(p.to(dtype), dv_operand, assert_trivial=True)
+        ds16 = dscores.to(dtype)
         ds_slot = (it % 2) * 2 + WG
         _tile(ds_smem, ds_slot).store(ds16)
         fence_async_shared()
@@ -268,10 +280,12 @@ def _query_loop(
 def _consume(
     args, WG: gl.constexpr, BLOCK_M: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr,
-    OPEN_LOAD: gl.constexpr, OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr,
+    OPEN_LOAD: gl.constexpr, OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """Consumer warp group number WG."""
-    dq_desc, ds_desc, dk_desc, dv_desc, operands, smem, bars, work, window, ranges, group, scale, grad_scale = args
+    dq_desc, ds_desc, dk_desc, dv_desc, operands, smem, bars, work, window, ranges, group = args[:11]
+    scale, grad_scale, dropout = args[11:]
+    seed_ptr, threshold, keep_scale = dropout
     q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, lse_smem, delta_smem = smem
     q_full, do_full, kv_full = bars
     seqlen_q, seqlen_k, left, right = window
@@ -293,25 +307,29 @@ def _consume(
     loop_bars = (q_full, do_full)
     for head in range(kv_head * group, (kv_head + 1) * group):
         place = (batch, head, key0)
+        random = (0, 0, 0, 0.0)
+        if DROPOUT:
+            key, salt = key_of_head(seed_ptr, batch * (work[1] * group) + head)
+            random = (key, salt, threshold, keep_scale)
         first, open_first, open_stop, stop = _query_ranges(
             batch, head, tile_key0, window, ranges, KEYS, BLOCK_M, LEFT, RIGHT
         )
         # Upwards from the first: tiles at an edge, tiles in which nothing is hidden, tiles at the other edge.
         dk, dv, it = _query_loop(
             dk, dv, it, first, open_first, place, scale, grad_scale, loop_smem, loop_bars, window, dq_desc,
-            ds_desc, operands,
-            WG, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, LOAD, APPLY, CAPPED, s_layout,
+            ds_desc, operands, random,
+            WG, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, LOAD, APPLY, CAPPED, DROPOUT, s_layout,
         )  # fmt: skip
         dk, dv, it = _query_loop(
             dk, dv, it, open_first, open_stop, place, scale, grad_scale, loop_smem, loop_bars, window, dq_desc,
-            ds_desc, operands,
-            WG, BLOCK_M, STAGES, DO_STAGES, False, LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY, CAPPED, s_layout,
+            ds_desc, operands, random,
+            WG, BLOCK_M, STAGES, DO_STAGES, False, LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY, CAPPED, DROPOUT, s_layout,
         )  # fmt: skip
         if LEFT or ranges is not None:
             dk, dv, it = _query_loop(
                 dk, dv, it, open_stop, stop, place, scale, grad_scale, loop_smem, loop_bars, window, dq_desc,
-                ds_desc, operands,
-                WG, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, LOAD, APPLY, CAPPED, s_layout,
+                ds_desc, operands, random,
+                WG, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, LOAD, APPLY, CAPPED, DROPOUT, s_layout,
             )  # fmt: skip
 
     # Out by way of K's and V's shared memory, once the other consumer is done with it too.
@@ -319,6 +337,8 @@ def _consume(
     _arrive(exchange + WG, 256)
     _sync(exchange + (1 - WG), 256)
     _tile(k_smem, WG).store((dk * grad_scale).to(dtype))
+    if DROPOUT:
+        dv = dv * keep_scale
     _tile(v_smem, WG).store(dv.to(dtype))
     fence_async_shared()
     tma_store(dk_desc, [batch, kv_head, key0, 0], k_smem.index(WG))
@@ -328,21 +348,15 @@ def _consume(
 
 @gluon.jit(
     do_not_specialize=[
-        "n_tiles",
-        "kv_heads",
-        "heads",
-        "section",
-        "group",
-        "padded_q",
-        "seqlen_q",
-        "seqlen_k",
-        "left",
-        "right",
-    ]
-)
+        "n_tiles", "kv_heads", "heads", "section", "group", "padded_q", "seqlen_q", "seqlen_k", "left", "right",
+        "threshold",
+    ],
+    do_not_specialize_on_alignment=["seed_ptr"],
+)  # fmt: skip
 def backward_kernel(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, ds_desc, dk_desc, dv_desc, ranges, operands,
     n_tiles, kv_heads, heads, section, group, padded_q, seqlen_q, seqlen_k, left, right, scale, grad_scale,
+    seed_ptr, threshold, keep_scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
     OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -373,17 +387,18 @@ def backward_kernel(
     consume = (
         dq_desc, ds_desc, dk_desc, dv_desc, operands,
         (q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, lse_smem, delta_smem), bars, work, window, ranges, group,
-        scale, grad_scale,
+        scale, grad_scale, (seed_ptr, threshold, keep_scale),
     )  # fmt: skip
+    DROPOUT: gl.constexpr = seed_ptr is not None
     gl.warp_specialize(
         [
             (_consume, (
                 consume, 0, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY,
-                CAPPED,
+                CAPPED, DROPOUT,
             )),
             (_consume, (
                 consume, 1, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY,
-                CAPPED,
+                CAPPED, DROPOUT,
             )),
             (_produce, (produce, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT)),
         ],

@@ -56,6 +56,7 @@ from fa3_inductor.kernels.backward_kernel import (
     _tile,
 )
 from fa3_inductor.kernels.compat import tma_store
+from fa3_inductor.kernels.dropout import kept, key_of_head
 from fa3_inductor.kernels.forward_kernel import ROWS, _accumulate, _arrive, _barriers, _mask, _ring, _sync
 
 WEIGHTS = gl.constexpr(0)  # the consumers
@@ -146,9 +147,11 @@ def _dq(ds, k, COLUMN: gl.constexpr, zero):
 @gluon.jit
 def _query_loop(
     acc, it, last_row, first, stop, place, scale, grad_scale, smem, bars, window, dq_ptr, ds_desc, operands,
+    random,
     ROLE: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr, MASKED: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, CAPPED: gl.constexpr,
-    COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, LATE: gl.constexpr, s_layout: gl.constexpr,
+    COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, LATE: gl.constexpr, DROPOUT: gl.constexpr,
+    s_layout: gl.constexpr,
 ):  # fmt: skip
     """Query tiles first to stop - 1. `last_row` is where the dQ begins that is still to be done, negative for none.
 
@@ -174,11 +177,11 @@ def _query_loop(
         do_slot = it % DO_STAGES
         q = _tile(q_smem, slot)
         do = _tile(do_smem, do_slot)
+        queries = row0 + gl.arange(0, BLOCK_M, columns_layout)
         last_ds = _tile(ds_smem, (it + 1) % 2).permute((1, 0))
         # A product starts from what is to be added and subtracted, which then takes no registers while these are short.
         if ROLE == WEIGHTS:
             mbarrier.wait(q_full.index(slot), (it // STAGES) & 1)
-            queries = row0 + gl.arange(0, BLOCK_M, columns_layout)
             lse = lse_smem.index(slot).load(columns_layout)
             x = zero
             if not CAPPED:
@@ -191,7 +194,10 @@ def _query_loop(
         else:
             mbarrier.wait(do_full.index(do_slot), (it // DO_STAGES) & 1)
             delta = delta_smem.index(do_slot).load(columns_layout)
-            x = _product(v, do, zero - delta[None, :], COLUMNS_V)
+            if DROPOUT:
+                x = _product(v, do, zero, COLUMNS_V)
+            else:
+                x = _product(v, do, zero - delta[None, :], COLUMNS_V)
         if LATE:
             x = warpgroup_mma_wait(0, [x])
         else:
@@ -219,9 +225,13 @@ def _query_loop(
                 x = gl.exp2(x * scale)
                 p_smem.store(x)
             _arrive(P_THERE, 256)
+            if DROPOUT:
+                x = gl.where(kept(keys, queries, random[:3], True, s_layout), x, 0.0)
             x16 = x.to(dtype)
             mbarrier.wait(do_full.index(do_slot), (it // DO_STAGES) & 1)
         else:
+            if DROPOUT:
+                x = gl.where(kept(keys, queries, random[:3], True, s_layout), x * random[3], 0.0) - delta[None, :]
             _arrive(DO_EMPTY + do_slot, THREADS)
             if ds_desc is not None:
                 tma.store_wait(1)  # of dS(i - 2)
@@ -271,10 +281,11 @@ def _consume(
     args, ROLE: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
     OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr,
-    LATE: gl.constexpr,
+    LATE: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """The consumer of that role."""
-    dq_ptr, ds_desc, out_desc, operands, smem, bars, work, window, ranges, group, padded_q, scale, grad_scale = args
+    dq_ptr, ds_desc, out_desc, operands, smem, bars, work, window, ranges, group, padded_q = args[:11]
+    scale, grad_scale, seed_ptr, threshold, keep_scale = args[11:]
     q_smem, do_smem, k_smem, v_smem, p_smem, ds_smem, lse_smem, delta_smem = smem
     q_full, do_full, kv_full = bars
     seqlen_q, seqlen_k, left, right = window
@@ -299,25 +310,29 @@ def _consume(
     loop_bars = (q_full, do_full)
     for head in range(kv_head * group, (kv_head + 1) * group):
         place = (batch, head, (batch * (work[1] * group) + head) * padded_q, key0)
+        random = (0, 0, 0, 0.0)
+        if DROPOUT:
+            key, salt = key_of_head(seed_ptr, batch * (work[1] * group) + head)
+            random = (key, salt, threshold, keep_scale)
         first, open_first, open_stop, stop = _query_ranges(
             batch, head, key0, window, ranges, ROWS, BLOCK_M, LEFT, RIGHT
         )
         # Upwards from the first: tiles at an edge, tiles in which nothing is hidden, tiles at the other edge.
         acc, it, last_row = _query_loop(
             acc, it, last_row, first, open_first, place, scale, grad_scale, smem, loop_bars, window, dq_ptr, ds_desc,
-            operands, ROLE, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, LOAD, APPLY, CAPPED, COLUMNS, COLUMNS_V,
-            LATE, s_layout,
+            operands, random, ROLE, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, LOAD, APPLY, CAPPED,
+            COLUMNS, COLUMNS_V, LATE, DROPOUT, s_layout,
         )  # fmt: skip
         acc, it, last_row = _query_loop(
             acc, it, last_row, open_first, open_stop, place, scale, grad_scale, smem, loop_bars, window, dq_ptr,
-            ds_desc, operands, ROLE, BLOCK_M, STAGES, DO_STAGES, False, LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY, CAPPED,
-            COLUMNS, COLUMNS_V, LATE, s_layout,
+            ds_desc, operands, random, ROLE, BLOCK_M, STAGES, DO_STAGES, False, LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY,
+            CAPPED, COLUMNS, COLUMNS_V, LATE, DROPOUT, s_layout,
         )  # fmt: skip
         if LEFT or ranges is not None:
             acc, it, last_row = _query_loop(
                 acc, it, last_row, open_stop, stop, place, scale, grad_scale, smem, loop_bars, window, dq_ptr, ds_desc,
-                operands, ROLE, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, LOAD, APPLY, CAPPED, COLUMNS, COLUMNS_V,
-                LATE, s_layout,
+                operands, random, ROLE, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, LOAD, APPLY, CAPPED,
+                COLUMNS, COLUMNS_V, LATE, DROPOUT, s_layout,
             )  # fmt: skip
 
     if ROLE == WEIGHTS:
@@ -329,7 +344,7 @@ def _consume(
 
     # Out by way of memory of the same shape that nobody reads any more: V's after the last dS, Q's after the last dK.
     if ROLE == WEIGHTS:
-        factor = 1.0
+        factor = keep_scale if DROPOUT else 1.0
         out_smem = v_smem
     else:
         factor = grad_scale
@@ -347,11 +362,14 @@ def _consume(
 @gluon.jit(
     do_not_specialize=[
         "n_tiles", "kv_heads", "heads", "section", "group", "padded_q", "seqlen_q", "seqlen_k", "left", "right",
-    ]
+        "threshold",
+    ],
+    do_not_specialize_on_alignment=["seed_ptr"],
 )  # fmt: skip
 def backward_wide_kernel(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_ptr, ds_desc, dk_desc, dv_desc, ranges, operands,
     n_tiles, kv_heads, heads, section, group, padded_q, seqlen_q, seqlen_k, left, right, scale, grad_scale,
+    seed_ptr, threshold, keep_scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
     OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, LATE: gl.constexpr,
@@ -376,6 +394,7 @@ def backward_wide_kernel(
     kv_full = _barriers(2)
     fence_async_shared()
 
+    DROPOUT: gl.constexpr = seed_ptr is not None
     work = (n_tiles, kv_heads, heads, section)
     window = (seqlen_q, seqlen_k, left, right)
     bars = (q_full, do_full, kv_full)
@@ -386,19 +405,21 @@ def backward_wide_kernel(
     smem = (q_smem, do_smem, k_smem, v_smem, p_smem, ds_smem, lse_smem, delta_smem)
     weights = (
         dq_ptr, ds_desc, dv_desc, operands, smem, bars, work, window, ranges, group, padded_q, scale, grad_scale,
+        seed_ptr, threshold, keep_scale,
     )  # fmt: skip
     scores = (
         dq_ptr, ds_desc, dk_desc, operands, smem, bars, work, window, ranges, group, padded_q, scale, grad_scale,
+        seed_ptr, threshold, keep_scale,
     )  # fmt: skip
     gl.warp_specialize(
         [
             (_consume, (
                 weights, WEIGHTS, BLOCK_M, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY, CAPPED,
-                COLUMNS, COLUMNS_V, LATE,
+                COLUMNS, COLUMNS_V, LATE, DROPOUT,
             )),
             (_consume, (
                 scores, SCORES, BLOCK_M, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY, CAPPED,
-                COLUMNS, COLUMNS_V, LATE,
+                COLUMNS, COLUMNS_V, LATE, DROPOUT,
             )),
             (_produce, (produce, BLOCK_M, ROWS, STAGES, DO_STAGES, LEFT, RIGHT)),
         ],

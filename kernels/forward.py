@@ -16,6 +16,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
 from fa3_inductor.kernels import launch, output_like
+from fa3_inductor.kernels.dropout import keep_scale, threshold
 from fa3_inductor.kernels.forward_kernel import ROWS as ROWS_OF_A_CONSUMER
 from fa3_inductor.kernels.forward_kernel import forward_kernel
 from fa3_inductor.kernels.ranges import ranges_arguments, ranges_kernel, ranges_shape
@@ -112,7 +113,7 @@ def supports(q_shape, k_shape, v_shape, dtype, *, scale=1.0) -> str | None:
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, *,
     scale: float, window_left: int | None = None, window_right: int | None = None, softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sinks: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """softmax(cap(scale * q @ k^T) + bias) @ v over the visible keys, on a Hopper GPU.
 
@@ -127,6 +128,8 @@ def attention_forward(
             both counted from the top left. window_right 0 is causal, Sk - Sq is causal from the bottom right.
         softcap: scores become softcap * tanh(scores / softcap) (Gemma Team, 2024, arXiv:2408.00118, section 2).
         sinks: [Hq], a logit of every head that takes weight and has no value (gpt-oss).
+        seed: int64 [1], for dropout with probability dropout_p: the weights that `dropout.kept_weights` says are kept,
+            scaled up. None: no dropout.
 
     Returns:
         out [B, Hq, Sq, Dv] as `output_like(q, Dv)`, and lse [B, Hq, Sq] float32, contiguous: the natural log of the sum
@@ -142,14 +145,14 @@ def attention_forward(
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.get_device(),
         k.get_device(), v.get_device(), scale, window_left, window_right, softcap,
         None if bias is None else key_of(bias), None if mask is None else key_of(mask),
-        None if sinks is None else key_of(sinks),
+        None if sinks is None else key_of(sinks), None if seed is None else (key_of(seed), dropout_p),
     )  # fmt: skip
     q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
     call = _calls.get(key)
     if call is None or (q_at | k_at | v_at) & 15 or call.device != torch.cuda.current_device():
         options = dict(
             bias=bias, mask=mask, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap,
-            sinks=sinks,
+            sinks=sinks, seed=seed, dropout_p=dropout_p,
         )  # fmt: skip
         with torch.cuda.device(q.device):
             if not all(map(is_addressable, (q, k, v))):
@@ -163,7 +166,7 @@ def attention_forward(
     out = q.new_empty_strided(call.out_shape, call.out_stride)
     lse = q.new_empty_strided(call.lse_shape, call.lse_stride, dtype=torch.float32)
     if call.launch is not None:
-        terms = [x.data_ptr() for x in (bias, mask, sinks) if x is not None] if call.has_terms else ()
+        terms = [x.data_ptr() for x in (bias, mask, sinks, seed) if x is not None] if call.has_terms else ()
         stream = driver.active.get_current_stream(call.device)
         ranges = ()
         if call.find_ranges is not None:
@@ -194,7 +197,7 @@ class _Call(NamedTuple):
     find_ranges: launch.Launch | None  # of the mask
     ranges_shape: tuple[int, ...]
     order: tuple[int, ...]  # the address of the list of tiles, if there is one
-    has_terms: bool  # whether it takes the addresses of bias, mask or sinks
+    has_terms: bool  # whether it takes the addresses of bias, mask, sinks or seed
     device: int
     out_shape: torch.Size
     out_stride: tuple[int, ...]
@@ -202,7 +205,9 @@ class _Call(NamedTuple):
     lse_stride: tuple[int, ...]
 
 
-def _prepare(q, k, v, *, bias, mask, scale, window_left, window_right, softcap, sinks) -> _Call:
+def _prepare(
+    q, k, v, *, bias, mask, scale, window_left, window_right, softcap, sinks, seed, dropout_p
+) -> _Call:  # fmt: skip
     """Checks a problem and compiles its kernel. Raises ValueError as `attention_forward` says."""
     if problem := supports(q.shape, k.shape, v.shape, q.dtype, scale=scale):
         raise ValueError(f"attention_forward: {problem}")
@@ -219,7 +224,9 @@ def _prepare(q, k, v, *, bias, mask, scale, window_left, window_right, softcap, 
         raise ValueError(f"attention_forward: sinks are a contiguous [{q.shape[1]}] of floating point")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"attention_forward: softcap is a positive number, not {softcap}")
-    devices = {x.device for x in (q, k, v, bias, mask, sinks) if x is not None}
+    if seed is not None and (seed.dtype, seed.shape) != (torch.int64, (1,)):
+        raise ValueError("attention_forward: seed is an int64 [1]")
+    devices = {x.device for x in (q, k, v, bias, mask, sinks, seed) if x is not None}
     if len(devices) > 1:
         raise ValueError(f"attention_forward: the operands are on {', '.join(sorted(map(str, devices)))}")
     # Tensors of our own: q, k and v may be one tensor now and three at the next call.
@@ -235,13 +242,15 @@ def _prepare(q, k, v, *, bias, mask, scale, window_left, window_right, softcap, 
             grid, args = ranges_arguments(whole, ranges, ROWS, block_n)
             find_ranges = launch.prepare(ranges_kernel, grid, args, (whole, ranges), {"num_warps": 16})
         grid, args = launch_arguments(
-            q, k, v, out, lse, scale, window_left, window_right, bias, mask, softcap, sinks, ranges
-        )
-        tensors = (q, k, v, out, lse, *(operand for operand, *_ in args[_OPERANDS]), sinks, args[_ORDER], ranges)
+            q, k, v, out, lse, scale, window_left, window_right, bias, mask, softcap, sinks, ranges,
+            seed, dropout_p,
+        )  # fmt: skip
+        terms = (*(operand for operand, *_ in args[_OPERANDS]), sinks, seed)
+        tensors = (q, k, v, out, lse, *terms, args[_ORDER], ranges)
         tensors = tuple(x for x in tensors if x is not None)
         prepared = launch.prepare(forward_kernel, grid, args, tensors, {"num_warps": 4})
         order = () if args[_ORDER] is None else (args[_ORDER].data_ptr(),)
-    has_terms = not (bias is None and mask is None and sinks is None)
+    has_terms = any(x is not None for x in (bias, mask, sinks, seed))
     shape = () if ranges is None else ranges.shape
     return _Call(
         prepared, find_ranges, shape, order, has_terms, q.get_device(), out.shape, out.stride(), lse.shape, lse.stride()
@@ -251,8 +260,8 @@ def _prepare(q, k, v, *, bias, mask, scale, window_left, window_right, softcap, 
 def launch_arguments(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, window_left: int | None = None,
     window_right: int | None = None, bias: Tensor | None = None, mask: Tensor | None = None,
-    softcap: float | None = None, sinks: Tensor | None = None, ranges: Tensor | None = None, *,
-    tile: Tile | None = None, sm_count: int | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None, ranges: Tensor | None = None,
+    seed: Tensor | None = None, dropout_p: float = 0.0, *, tile: Tile | None = None, sm_count: int | None = None,
 ) -> tuple[tuple[int, int, int], tuple]:  # fmt: skip
     """The grid and the arguments of the kernel.
 
@@ -270,7 +279,9 @@ def launch_arguments(
         steps = (0 if size == 1 else by // ranges.shape[3] for size, by in zip(ranges.shape[:3], ranges.stride()))
         ranges = ranges, *steps
         open_load, open_apply, _ = functions(program.without_mask())
-    tile = tile or tile_for(head_dim, head_dim_v, has_left or has_right, seqlen_q, bool(program.terms))
+    tile = tile or tile_for(
+        head_dim, head_dim_v, has_left or has_right, seqlen_q, bool(program.terms) or seed is not None
+    )
     left = max(window_left, -seqlen_k) if has_left else None
     right = max(window_right, -seqlen_q) if has_right else None
     if has_left and has_right and left + right < 0:
@@ -290,7 +301,8 @@ def launch_arguments(
         *_descriptors(q, ROWS), *_descriptors(k, tile.block_n), *_descriptors(v, tile.block_n),
         *_descriptors(out, ROWS), lse, order, sinks, ranges, operands,
         heads * m_tiles, m_tiles, q_heads, q_heads // kv_heads, seqlen_q, seqlen_k, left or 0, right or 0,
-        scale * _LOG2E, has_left, has_right, load, apply, open_load, open_apply, scaled,
+        scale * _LOG2E, seed, threshold(dropout_p), keep_scale(dropout_p),
+        has_left, has_right, load, apply, open_load, open_apply, scaled,
         tile.consumers, STAGES, tile.ping_pong, shared_o, tile.consumer_regs, tile.producer_regs,
     )  # fmt: skip
 

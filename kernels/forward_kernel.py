@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fa3_inductor.kernels.compat import tma_load, tma_store
+from fa3_inductor.kernels.dropout import kept, key_of_head
 
 ROWS = gl.constexpr(64)  # query rows of one consumer: the M of a wgmma
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -322,6 +323,14 @@ def _mask_tile(
 
 
 @gluon.jit
+def _drop(weights, row0, column0, random, s_layout: gl.constexpr):
+    """0 in place of the weights that are not kept."""
+    rows = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+    columns = column0 + gl.arange(0, s_layout.instr_shape[1], gl.SliceLayout(0, s_layout))
+    return gl.where(kept(rows, columns, random, False, s_layout), weights, 0.0)
+
+
+@gluon.jit
 def _load_terms(LOAD: gl.constexpr, operands, place, column0, window, s_layout: gl.constexpr, BOUNDED: gl.constexpr):
     """What the score program reads from memory for one tile."""
     batch, head, row0 = place
@@ -332,10 +341,10 @@ def _load_terms(LOAD: gl.constexpr, operands, place, column0, window, s_layout: 
 
 @gluon.jit
 def _kv_loop(
-    o, packed, l_i, m_i, it, tile, stop, place, scale, q, k_smem, v_smem, k_full, v_full, operands, window,
+    o, packed, l_i, m_i, it, tile, stop, place, scale, q, k_smem, v_smem, k_full, v_full, operands, window, random,
     WG: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr, MASKED: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, SCALED: gl.constexpr,
-    s_layout: gl.constexpr, p_layout: gl.constexpr,
+    DROPOUT: gl.constexpr, s_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
     """KV tiles tile - 1 down to stop. Enters and leaves with the last tile's weights not yet multiplied by V."""
     BLOCK_N: gl.constexpr = s_layout.instr_shape[1]
@@ -366,6 +375,8 @@ def _kv_loop(
             s = _mask_tile(s, place[2], column0, window, LEFT, RIGHT, s_layout)
         weights, m_i, alpha = _softmax(s, m_i, 1.0 if SCALED else scale)
         l_i = _rescale(l_i, alpha) + _row_sums(weights)
+        if DROPOUT:
+            weights = _drop(weights, place[2], column0, random, s_layout)
         o = _wait(o, p)
         _arrive(V_EMPTY + v_slot, THREADS)
         packed = _pack(weights, dtype)
@@ -411,11 +422,11 @@ def _consume(
     args, WG: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, PING_PONG: gl.constexpr, SHARED_O: gl.constexpr,
     SINKS: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr, OPEN_APPLY: gl.constexpr,
-    SCALED: gl.constexpr,
+    SCALED: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """Consumer warp group number WG: its ROWS rows of every tile."""
     o_descs, lse_ptr, sinks_ptr, operands, q_smem, o_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full = args[:12]
-    work, window, ranges, scale = args[12:]
+    work, window, ranges, scale, seed_ptr, threshold, keep_scale = args[12:]
     order_ptr, tiles, m_tiles, q_heads, group = work
     seqlen_q, seqlen_k, left, right = window
     DV: gl.constexpr = o_descs[0].block_type.shape[3]
@@ -440,6 +451,10 @@ def _consume(
         head = flat % q_heads
         row0 = (m_tile * CONSUMERS + WG) * ROWS
         place = (batch, head, row0)
+        random = (0, 0, 0)
+        if DROPOUT:
+            key, salt = key_of_head(seed_ptr, flat)
+            random = (key, salt, threshold)
         first, stop, tile_first, tile_stop = _kv_range(place, window, ranges, WG, CONSUMERS, BLOCK_N, LEFT, RIGHT)
         it = _skip(it, tile_stop - stop, k_full, v_full, WG, CONSUMERS, STAGES, PING_PONG)
 
@@ -463,6 +478,8 @@ def _consume(
         m_i = gl.full([ROWS], float("-inf"), gl.float32, rows_layout)
         weights, m_i, alpha = _softmax(s, m_i, 1.0 if SCALED else scale)
         l_i = _row_sums(weights)
+        if DROPOUT:
+            weights = _drop(weights, row0, column0, random, s_layout)
         packed = _pack(weights, dtype)
         if len(o_descs) == 1:
             o = (gl.zeros([ROWS, DV], gl.float32, o_layout),)
@@ -483,8 +500,8 @@ def _consume(
             open_stop = gl.maximum(open_stop, first)
             o, packed, l_i, m_i, it = _kv_loop(
                 o, packed, l_i, m_i, it, tile, open_stop, place, scale,
-                q, k_smem, v_smem, k_full, v_full, operands, window,
-                WG, CONSUMERS, STAGES, PING_PONG, True, LEFT, RIGHT, LOAD, APPLY, SCALED, s_layout, p_layout,
+                q, k_smem, v_smem, k_full, v_full, operands, window, random,
+                WG, CONSUMERS, STAGES, PING_PONG, True, LEFT, RIGHT, LOAD, APPLY, SCALED, DROPOUT, s_layout, p_layout,
             )  # fmt: skip
         open_first = first
         if LEFT:
@@ -496,14 +513,15 @@ def _consume(
             open_first = gl.minimum(open_first, open_stop)
         o, packed, l_i, m_i, it = _kv_loop(
             o, packed, l_i, m_i, it, open_stop, open_first, place, scale,
-            q, k_smem, v_smem, k_full, v_full, operands, window,
-            WG, CONSUMERS, STAGES, PING_PONG, False, LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY, SCALED, s_layout, p_layout,
+            q, k_smem, v_smem, k_full, v_full, operands, window, random,
+            WG, CONSUMERS, STAGES, PING_PONG, False, LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
+            s_layout, p_layout,
         )  # fmt: skip
         if LEFT or ranges is not None:
             o, packed, l_i, m_i, it = _kv_loop(
                 o, packed, l_i, m_i, it, open_first, first, place, scale,
-                q, k_smem, v_smem, k_full, v_full, operands, window,
-                WG, CONSUMERS, STAGES, PING_PONG, True, LEFT, RIGHT, LOAD, APPLY, SCALED, s_layout, p_layout,
+                q, k_smem, v_smem, k_full, v_full, operands, window, random,
+                WG, CONSUMERS, STAGES, PING_PONG, True, LEFT, RIGHT, LOAD, APPLY, SCALED, DROPOUT, s_layout, p_layout,
             )  # fmt: skip
         if not SHARED_O:
             mbarrier.arrive(q_empty.index(WG), count=1)
@@ -528,6 +546,8 @@ def _consume(
         o = _wait(o, p)
         _arrive(V_EMPTY + v_slot, THREADS)
         it = _skip(it, first - tile_first, k_full, v_full, WG, CONSUMERS, STAGES, PING_PONG)
+        if DROPOUT:
+            factor = factor * keep_scale
         o = _rescale_parts(o, factor / gl.where(total == 0.0, 1.0, total))
         if SHARED_O:
             _store(o_descs, o, q_smem, WG, batch, head, row0)
@@ -567,12 +587,13 @@ def _parts(first, second):
 
 
 @gluon.jit(
-    do_not_specialize=["tiles", "m_tiles", "q_heads", "group", "seqlen_q", "seqlen_k", "left", "right"],
-    do_not_specialize_on_alignment=["sinks_ptr"],
+    do_not_specialize=["tiles", "m_tiles", "q_heads", "group", "seqlen_q", "seqlen_k", "left", "right", "threshold"],
+    do_not_specialize_on_alignment=["sinks_ptr", "seed_ptr"],
 )  # fmt: skip
 def forward_kernel(
     q_desc, q_desc2, k_desc, k_desc2, v_desc, v_desc2, o_desc, o_desc2, lse_ptr, order_ptr, sinks_ptr, ranges, operands,
-    tiles, m_tiles, q_heads, group, seqlen_q, seqlen_k, left, right, scale,
+    tiles, m_tiles, q_heads, group, seqlen_q, seqlen_k, left, right, scale, seed_ptr,
+    threshold, keep_scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
     OPEN_APPLY: gl.constexpr, SCALED: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     PING_PONG: gl.constexpr, SHARED_O: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
@@ -599,8 +620,9 @@ def forward_kernel(
     produce = (q_descs, k_descs, v_descs, q_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full, work, window, ranges)
     consume = (
         o_descs, lse_ptr, sinks_ptr, operands, q_smem, o_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full,
-        work, window, ranges, scale,
+        work, window, ranges, scale, seed_ptr, threshold, keep_scale,
     )  # fmt: skip
+    DROPOUT: gl.constexpr = seed_ptr is not None
     SINKS: gl.constexpr = sinks_ptr is not None
     # Spelled out: triton 3.9 adds no tuples that hold None.
     if CONSUMERS == 2:
@@ -608,11 +630,11 @@ def forward_kernel(
             [
                 (_consume, (
                     consume, 0, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY,
-                    OPEN_LOAD, OPEN_APPLY, SCALED,
+                    OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
                 )),
                 (_consume, (
                     consume, 1, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY,
-                    OPEN_LOAD, OPEN_APPLY, SCALED,
+                    OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
                 )),
                 (_produce, (produce, BLOCK_N, 2, STAGES, LEFT, RIGHT)),
             ],
@@ -624,15 +646,15 @@ def forward_kernel(
             [
                 (_consume, (
                     consume, 0, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY,
-                    OPEN_LOAD, OPEN_APPLY, SCALED,
+                    OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
                 )),
                 (_consume, (
                     consume, 1, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY,
-                    OPEN_LOAD, OPEN_APPLY, SCALED,
+                    OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
                 )),
                 (_consume, (
                     consume, 2, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY,
-                    OPEN_LOAD, OPEN_APPLY, SCALED,
+                    OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
                 )),
                 (_produce, (produce, BLOCK_N, 3, STAGES, LEFT, RIGHT)),
             ],

@@ -36,7 +36,7 @@ SHARED_LIMIT = 232448  # bytes a block may have on sm_90; triton does not check 
 SPILLS = 128, 8
 SPILLS_WITH_MASK = 448, 20
 SPILLS_OF_BACKWARD = 320, 10
-SPILLS_OF_LARGE_TILES = 960, 96  # of 128 queries, in the backward: 3.6 has up to 616 and 34
+SPILLS_OF_LARGE_TILES = 960, 96  # of 128 queries, in the backward, and with dropout: 3.6 has up to 740 and 52
 _NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 
 
@@ -106,7 +106,7 @@ class Case:
 
 def forward_case(
     head_dim: int, head_dim_v: int, window: str, dtype: torch.dtype, seqlen: int = 4096, bias: str = "", mask: str = "",
-    softcap: float | None = None, sinks: bool = False,
+    softcap: float | None = None, sinks: bool = False, dropout: bool = False,
 ) -> Case:  # fmt: skip
     """The case of the forward kernel that the tile tables give for a problem.
 
@@ -136,16 +136,16 @@ def forward_case(
         ranges = empty(*ranges_shape(whole, forward.ROWS), dtype=torch.int32)
     grid, args = forward.launch_arguments(
         q, k, v, out, lse, 0.1, left, right, operand(bias, dtype), hidden, softcap, empty(q_heads) if sinks else None,
-        ranges, sm_count=132,
+        ranges, empty(1, dtype=torch.int64) if dropout else None, 0.1 if dropout else 0.0, sm_count=132,
     )  # fmt: skip
-    tile = forward.tile_for(head_dim, head_dim_v, window != "full", seqlen, bool(bias or mask))
+    tile = forward.tile_for(head_dim, head_dim_v, window != "full", seqlen, bool(bias or mask or dropout))
     budget = {tile.consumer_regs, tile.producer_regs}
     return Case(forward.forward_kernel, args, {"num_warps": 4}, budget, SPILLS if hidden is None else SPILLS_WITH_MASK)
 
 
 def backward_case(
     head_dim: int, head_dim_v: int, window: str, dtype: torch.dtype, bias: str = "", mask: str = "",
-    softcap: float | None = None, bias_grad: bool = False,
+    softcap: float | None = None, bias_grad: bool = False, dropout: bool = False,
 ) -> Case:  # fmt: skip
     """The case of the backward kernel that its tile table gives for a problem, as for `forward_case`."""
     from fa3_inductor.kernels import backward
@@ -159,14 +159,15 @@ def backward_case(
         empty([sizes[axis] if axis in axes else 1 for axis in sizes], dtype=of) if axes else None
         for axes, of in ((bias, dtype), (mask, torch.bool))
     )
-    tile = backward.tile_for(head_dim, head_dim_v, bool(bias or mask or softcap))
+    tile = backward.tile_for(head_dim, head_dim_v, bool(bias or mask or softcap or dropout))
     dq, dk, dv, rows, sums, dscores, ranges = backward._buffers(q, k, v, hidden, tile, bias_grad)
     grid, args = backward.launch_arguments(
         dout, q, k, v, added, hidden, rows[0].clone(), rows[1].clone(), sums, dk, dv, dscores, ranges, 0.1,
-        *WINDOWS[window], softcap, tile=tile, sm_count=132,
+        *WINDOWS[window], softcap, empty(1, dtype=torch.int64) if dropout else None, 0.1 if dropout else 0.0,
+        tile=tile, sm_count=132,
     )  # fmt: skip
     kernel = backward.backward_wide_kernel if tile.wide else backward.backward_kernel
-    spills = SPILLS_OF_LARGE_TILES if tile.block_m == 128 else SPILLS_OF_BACKWARD
+    spills = SPILLS_OF_LARGE_TILES if tile.block_m == 128 or dropout else SPILLS_OF_BACKWARD
     return Case(kernel, args, {"num_warps": 4}, {240, 24}, spills)
 
 
@@ -199,6 +200,9 @@ def cases() -> dict[str, functools.partial]:
         ("d64-softcap", (64, 64, "causal", bf16), dict(softcap=50.0)),
         ("d256-softcap-window", (256, 256, "window", bf16), dict(softcap=50.0)),
         ("d64-sinks-window", (64, 64, "window", bf16), dict(sinks=True)),
+        ("d64-dropout", (64, 64, "full", bf16), dict(dropout=True)),
+        ("d128-dropout", (128, 128, "causal", bf16), dict(dropout=True)),
+        ("d256-dropout-mask", (256, 256, "full", fp16), dict(dropout=True, mask="bk")),
     ):
         made[f"forward-{name}"] = functools.partial(forward_case, *problem, **more)
     for name, problem in problems.items():
@@ -212,6 +216,9 @@ def cases() -> dict[str, functools.partial]:
         ("d128-key-mask", (128, 128, "causal", bf16), dict(mask="bk")),
         ("d128-mask", (128, 128, "full", bf16), dict(mask="bqk")),
         ("d128-softcap-window", (128, 128, "window", bf16), dict(softcap=50.0)),
+        ("d64-dropout", (64, 64, "full", bf16), dict(dropout=True)),
+        ("d128-dropout", (128, 128, "causal", bf16), dict(dropout=True)),
+        ("d256-dropout-mask", (256, 256, "full", fp16), dict(dropout=True, mask="bk")),
     ):
         made[f"backward-{name}"] = functools.partial(backward_case, *problem, **more)
     return made

@@ -23,6 +23,8 @@ def attention_reference(
     window_right: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    kept: Tensor | None = None,
+    keep_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """softmax(cap(scale * q @ k^T) + bias) @ v over the visible keys, with cap(x) = softcap * tanh(x / softcap).
 
@@ -34,6 +36,7 @@ def attention_reference(
         mask: bool, broadcastable to [B, Hq, Sq, Sk], True where a query may attend.
         softcap: None for none (Gemma Team, 2024, arXiv:2408.00118, section 2).
         sinks: [Hq], one more score in every row of a head, which has no value.
+        kept: bool [B, Hq, Sq, Sk], for dropout: the weights that are kept, which are multiplied by keep_scale.
 
     Returns:
         out [B, Hq, Sq, Dv] of q's dtype, and lse [B, Hq, Sq], the natural log of the sum of exp of each row's scores,
@@ -48,6 +51,9 @@ def attention_reference(
     peak = peak.masked_fill(peak == float("-inf"), 0.0)  # a row with no key: exp(-inf - 0) = 0, not NaN
     weights = torch.exp(scores - peak)
     total = weights.sum(dim=-1, keepdim=True)
+    if kept is not None:
+        whole = torch.nn.functional.pad(kept, (0, weights.shape[-1] - kept.shape[-1]))
+        weights = weights * whole * keep_scale
     out = weights @ _per_query_head(v, q).to(scores.dtype) / total.masked_fill(total == 0, 1.0)
     return out.to(q.dtype), (peak + total.log()).squeeze(-1)
 
@@ -66,6 +72,8 @@ def attention_backward_reference(
     window_left: int | None = None,
     window_right: int | None = None,
     softcap: float | None = None,
+    kept: Tensor | None = None,
+    keep_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of `attention_reference`'s `out` (without sinks), recomputing the weights from `lse`.
 
@@ -80,7 +88,12 @@ def attention_backward_reference(
     weights = torch.exp(scores - lse.to(scores.dtype).unsqueeze(-1)).masked_fill(scores == float("-inf"), 0.0)
     grad = dout.to(scores.dtype)
     delta = (grad * out.to(scores.dtype)).sum(dim=-1, keepdim=True)
-    dscores = weights * (grad @ _per_query_head(v, q).to(scores.dtype).mT - delta)
+    dweights = grad @ _per_query_head(v, q).to(scores.dtype).mT
+    if kept is not None:
+        dweights = dweights * kept * keep_scale
+    dscores = weights * (dweights - delta)
+    if kept is not None:
+        weights = weights * kept * keep_scale
     dbias = None if bias is None else dscores.sum_to_size(bias.shape).to(bias.dtype)
     if softcap is not None:
         products = q.to(scores.dtype) @ _per_query_head(k, q).to(scores.dtype).mT * scale

@@ -9,6 +9,8 @@ import random
 
 import torch
 
+from fa3_inductor.kernels.dropout import keep_scale, kept_weights
+
 LENGTHS = [1, 2, 63, 64, 127, 128, 129, 191, 257, 1000, 4097]
 LAYOUTS = ["bhsd", "bshd", "packed", "padded", "misaligned", "offset", "strided", "expanded"]
 
@@ -28,7 +30,9 @@ def make(layout, b, h, s, d, dtype):
     }[layout]()
 
 
-def eager(q, k, v, scale, right, left=None, bias=None, mask=None, softcap=None, sinks=None):
+def eager(
+    q, k, v, scale, right, left=None, bias=None, mask=None, softcap=None, sinks=None, seed=None, dropout_p=0.0
+):  # fmt: skip
     """What a model without fused attention computes, in the dtype of its inputs; zeros for rows that see no key."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = q @ k.mT * scale
@@ -46,9 +50,23 @@ def eager(q, k, v, scale, right, left=None, bias=None, mask=None, softcap=None, 
         scores = scores.masked_fill(~mask, -math.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(q.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
-        return scores.softmax(-1)[..., :-1] @ v
-    empty = (scores == -math.inf).all(-1, keepdim=True)
-    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0) @ v
+        weights = scores.softmax(-1)[..., :-1]
+    else:
+        empty = (scores == -math.inf).all(-1, keepdim=True)
+        weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    if seed is not None:
+        weights = weights * kept_weights(seed, dropout_p, weights.shape) * keep_scale(dropout_p)
+    return weights @ v
+
+
+def exactly(options):
+    """The options of the kernels as those of the reference in float64; for dropout, a function of the scores' shape."""
+    exact = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in options.items()}
+    seed, p = exact.pop("seed", None), exact.pop("dropout_p", 0.0)
+    return (
+        exact,
+        lambda shape: {} if seed is None else dict(kept=kept_weights(seed, p, shape), keep_scale=keep_scale(p)),
+    )
 
 
 def assert_as_good(got, baseline, exact, factor=1.5, size=0.0):
@@ -93,6 +111,9 @@ def drawn(seed):
         options["softcap"] = pick.choice([1.0, 30.0])
     if pick.random() < 0.2:
         options["sinks"] = torch.randn(hq, device="cuda", dtype=pick.choice([dtype, torch.float32]))
+    if pick.random() < 0.2:
+        options["seed"] = torch.randint(0, 2**63 - 1, (1,), device="cuda")
+        options["dropout_p"] = pick.choice([0.1, 0.5])
     return (q, k, v), options
 
 

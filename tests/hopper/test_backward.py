@@ -16,7 +16,7 @@ from fa3_inductor.kernels import backward
 from fa3_inductor.kernels.backward import attention_backward
 from fa3_inductor.kernels.forward import attention_forward
 
-from .problems import MASKS, S, assert_as_good, drawn, eager, make
+from .problems import MASKS, S, assert_as_good, drawn, eager, exactly, make
 
 
 @pytest.fixture(autouse=True)
@@ -33,22 +33,27 @@ def poison(monkeypatch):
     monkeypatch.setattr(backward, "_buffers", poisoned)
 
 
-def check(q, k, v, *, scale, window_left=None, window_right=None, bias=None, mask=None, softcap=None, sinks=None):
+def check(
+    q, k, v, *, scale, window_left=None, window_right=None, bias=None, mask=None, softcap=None, sinks=None, seed=None,
+    dropout_p=0.0,
+):  # fmt: skip
     """All gradients of one problem, the bias's too if it requires one."""
     window = dict(window_left=window_left, window_right=window_right)
     bias_grad = bias is not None and bias.requires_grad
     leaves = [x.detach().requires_grad_() for x in (q, k, v)] + [bias] * bias_grad
-    theirs = eager(*leaves[:3], scale, window_right, window_left, bias, mask, softcap, sinks)
+    theirs = eager(*leaves[:3], scale, window_right, window_left, bias, mask, softcap, sinks, seed, dropout_p)
     dout = torch.randn_like(theirs)
     theirs = torch.autograd.grad(theirs, leaves, dout)
     q, k, v, dout = (x.detach() for x in (q, k, v, dout))
     bias = None if bias is None else bias.detach()
-    out, lse = attention_forward(q, k, v, bias, mask, scale=scale, softcap=softcap, sinks=sinks, **window)
+    dropout = dict(seed=seed, dropout_p=dropout_p)
+    out, lse = attention_forward(q, k, v, bias, mask, scale=scale, softcap=softcap, sinks=sinks, **window, **dropout)
     got = attention_backward(
-        dout, q, k, v, bias, mask, out, lse, scale=scale, softcap=softcap, bias_grad=bias_grad, **window
-    )
+        dout, q, k, v, bias, mask, out, lse, scale=scale, softcap=softcap, bias_grad=bias_grad, **window,
+        **dropout,
+    )  # fmt: skip
     double = [None if x is None else x.double() for x in (q, k, v, bias)]
-    in_double = dict(scale=scale, softcap=softcap, **window)
+    in_double = dict(scale=scale, softcap=softcap, **window, **exactly(dropout)[1]((*q.shape[:3], k.shape[2])))
     exact_out = attention_reference(*double, mask, sinks=None if sinks is None else sinks.double(), **in_double)
     exact = attention_backward_reference(dout.double(), *double, mask, *exact_out, **in_double)
     for x, ours, t, e in zip((q, k, v, bias), got, theirs, exact):

@@ -15,15 +15,16 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
 from fa3_inductor.kernels import forward, launch
 from fa3_inductor.kernels.forward import attention_forward
 
-from .problems import MASKS, S, assert_as_good, drawn, eager
+from .problems import MASKS, S, assert_as_good, drawn, eager, exactly
 
 
 @pytest.mark.parametrize("seed", range(120))
 def test_matches_float64(seed):
     (q, k, v), options = drawn(seed)
     out, lse = attention_forward(q, k, v, **options)
-    in_double = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in options.items()}
-    exact, exact_lse = attention_reference(*(x.double() for x in (q, k, v)), **in_double)
+    in_double, dropout = exactly(options)
+    dropout = dropout((*q.shape[:3], k.shape[2]))
+    exact, exact_lse = attention_reference(*(x.double() for x in (q, k, v)), **in_double, **dropout)
     assert out.stride() == output_like(q, v.shape[3]).stride() and lse.is_contiguous()
     left, right = options.pop("window_left"), options.pop("window_right")
     assert_as_good(out, eager(q, k, v, right=right, left=left, **options), exact)

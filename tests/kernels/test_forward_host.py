@@ -51,7 +51,7 @@ def test_consumers_count_no_more_tiles_than_the_producer_brings(head_dim, seqlen
         k = torch.empty(1, 2, seqlen_k, head_dim, device="meta", dtype=torch.bfloat16)
         lse = torch.empty(1, 2, seqlen_q, device="meta")
         _, args = forward.launch_arguments(q, k, k, q, lse, 1.0, window_left, window_right, sm_count=132)
-        window, (has_left, has_right) = args[17:21], args[22:24]
+        window, (has_left, has_right) = args[17:21], args[25:27]
         assert window[:2] == (seqlen_q, seqlen_k)
         tile = forward.tile_for(head_dim, head_dim, has_left or has_right, seqlen_q)
         rows = 64 * tile.consumers

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fa3_inductor import ops
+from fa3_inductor.kernels import dropout
 from fa3_inductor.kernels.reference import attention_reference
 
 attention = torch.ops.fa3.attention
@@ -178,3 +179,24 @@ def test_bad_arguments_are_refused(name):
     o = dict(bias=None, mask=None, target="reference") | over
     with pytest.raises((ValueError, RuntimeError), match=message):
         attention(xs["q"], xs["k"], xs["v"], o["bias"], o["mask"], 1.0, None, None, o["target"])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_dropout(masked):
+    """The weights that are kept hang on the seed alone, in the backward as in the forward."""
+    q, k, v = qkv()
+    bias, mask, *rest = arguments("mask" if masked else "plain")
+    seed, p = torch.tensor([2**40 + 7]), 0.3
+    out, lse = attention(q, k, v, bias, mask, *rest[:-1], "reference", None, None, seed, p)
+    kept = dropout.kept_weights(seed, p, (*q.shape[:3], k.shape[2]))
+    whole, whole_lse = attention(q, k, v, bias, mask, *rest[:-1], "reference")
+    torch.testing.assert_close(lse, whole_lse)
+    assert not torch.equal(out, whole)
+    want, _ = attention_reference(
+        q, k, v, bias, mask, scale=rest[0], window_left=rest[1], window_right=rest[2], kept=kept,
+        keep_scale=dropout.keep_scale(p),
+    )  # fmt: skip
+    torch.testing.assert_close(out, want)
+    dout = torch.randn_like(out)
+    for got, grad in zip(torch.autograd.grad(out, (q, k, v), dout), torch.autograd.grad(want, (q, k, v), dout)):
+        torch.testing.assert_close(got, grad)
