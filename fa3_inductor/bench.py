@@ -240,6 +240,7 @@ def features(args: argparse.Namespace) -> list[dict]:
         "causal, kv heads 4": (128, 128, causal, 0.5),
         "causal, window 1024": (128, 128, dict(window_left=window - 1, window_right=0), window / seqlen),
         "causal, softcap 50": (128, 128, dict(softcap=50.0, **causal), 0.5),
+        "causal, dropout 0.1": (128, 128, dict(seed=torch.ones_like(keys[:1]), dropout_p=0.1, **causal), 0.5),
         "causal, sinks": (128, 128, dict(sinks=rand(heads), **causal), 0.5),
         "causal, documents of 1024 [q, k]": (128, 128, dict(mask=documents, **causal), window / seqlen / 2),
         "full, documents of 1024 [q, k]": (128, 128, dict(mask=documents), window / seqlen),

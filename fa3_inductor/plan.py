@@ -70,6 +70,8 @@ def _not_on_hopper(spec: AttentionSpec, tensors: dict[str, torch.Tensor], trains
     q = tensors["q"]
     if (why := _not_hopper(q.device)) is not None:
         return why
+    if trains and torch.are_deterministic_algorithms_enabled():
+        return "deterministic algorithms: the kernel adds to the gradient of q in no fixed order"
     if trains and spec.softcap is not None and any(may_have_gradient(t.operand.node) for t in spec.terms):
         return "the gradient of a bias beside a soft cap"
     if spec.softcap is not None and spec.softcap > 1e3:

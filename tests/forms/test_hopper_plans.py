@@ -41,6 +41,47 @@ def test_training(form):
     assert (site.status, site.mask, site.target) == ("fused", form.mask, "hopper"), site.verdict
 
 
+@pytest.mark.parametrize("grads", [False, True])
+def test_deterministic_algorithms(grads):
+    """The order of the sums is fixed in the forward alone."""
+
+    def fn(q, k, v):
+        return torch.softmax(q @ k.mT, dim=-1) @ v
+
+    args = list(torch.randn(3, 2, 4, 23, 16).unbind())
+    compiled, report = fuse(fn)
+    torch.use_deterministic_algorithms(True)
+    try:
+        run(compiled, args, torch.bfloat16, grads)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    (site,) = report.sites
+    assert site.target == ("sdpa" if grads else "hopper"), site.verdict
+
+
+@pytest.mark.parametrize("spelling", ["dropout", "sdpa"])
+def test_dropout(spelling):
+    """The backward drops what the forward has dropped."""
+
+    def fn(q, k, v):
+        if spelling == "sdpa":
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=0.4)
+        return torch.dropout(torch.softmax(q @ k.mT * 0.25, dim=-1), 0.4, True) @ v
+
+    q, k = torch.randn(2, 2, 4, 64, 16, dtype=torch.bfloat16).unbind()
+    v = torch.eye(64, dtype=torch.bfloat16).expand(2, 4, 64, 64).clone().requires_grad_()
+    compiled, report = fuse(fn)
+    weights = compiled(q, k, v)
+    (site,) = report.sites
+    assert (site.status, site.target) == ("fused", "hopper") and "dropout" in site.kernel
+    assert abs((weights == 0).double().mean() - 0.4) < 0.02
+    again = compiled(q, k, v)
+    assert not torch.equal(weights, again)
+    dout = torch.randn_like(weights)
+    (grad,) = torch.autograd.grad(weights, v, dout)
+    torch.testing.assert_close(grad, weights.detach().mT @ dout, rtol=2e-2, atol=2e-2)
+
+
 def shifted(q, k, v, fill):
     """A window in which the first rows see nothing."""
     seqlen = q.shape[2]

@@ -185,7 +185,7 @@ def test_bad_arguments_are_refused(name):
 def test_dropout(masked):
     """The weights that are kept hang on the seed alone, in the backward as in the forward."""
     q, k, v = qkv()
-    bias, mask, *rest = arguments("mask" if masked else "plain")
+    bias, mask, *rest = arguments("mask" if masked else "full")
     seed, p = torch.tensor([2**40 + 7]), 0.3
     out, lse = attention(q, k, v, bias, mask, *rest[:-1], "reference", None, None, seed, p)
     kept = dropout.kept_weights(seed, p, (*q.shape[:3], k.shape[2]))
