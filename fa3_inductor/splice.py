@@ -346,7 +346,7 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
         out = emit.call(operator.getitem, pair, 0)
         if not exact and not biased:
             lse = emit.call("unsqueeze", emit.call(operator.getitem, pair, 1), -1)
-            row_seen = emit.call(operator.gt, lse, -math.inf)
+            row_seen = emit.call(operator.ne, lse, -math.inf)  # NaN has seen something
     if row_seen is None or plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO):
         return out
     return _with_empty_rows(emit, spec, plan, out, (q, k, v), row_seen, scale)

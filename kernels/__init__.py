@@ -1,4 +1,4 @@
-"""Attention kernels: the specification (`reference`) and the Hopper kernels, one file each. Needs no triton."""
+"""Attention kernels: the specification (`reference`) and the Hopper kernels. Needs no triton."""
 
 import torch
 

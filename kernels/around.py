@@ -13,8 +13,8 @@ BLOCK = 32  # rows of a program
 
 @triton.jit
 def statistics_kernel(
-    out_ptr, dout_ptr, lse_ptr, scaled_ptr, delta_ptr, dq_ptr, out_batch, out_head, out_row, dout_batch, dout_head,
-    dout_row, dout_unit, lse_batch, lse_head, lse_row, lse_scale, heads, seqlen, padded, head_dim_v, dq_rows, head_dim,
+    out_ptr, dout_ptr, lse_ptr, scaled_ptr, delta_ptr, dq_ptr, out_batch, out_head, out_row, out_unit, dout_batch,
+    dout_head, dout_row, lse_batch, lse_head, lse_row, lse_scale, heads, seqlen, padded, head_dim_v, dq_rows, head_dim,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program for each block of ROWS rows, with those that only pad the sequence. Zeroes dQ's accumulator too."""
@@ -26,10 +26,12 @@ def statistics_kernel(
     inside = there[:, None] & (column < head_dim_v)[None, :]
     places = row.to(tl.int64)[:, None]
     out = tl.load(
-        out_ptr + batch * out_batch + head * out_head + places * out_row + column[None, :], mask=inside, other=0
+        out_ptr + batch * out_batch + head * out_head + places * out_row + column[None, :] * out_unit,
+        mask=inside,
+        other=0,
     )
     dout = tl.load(
-        dout_ptr + batch * dout_batch + head * dout_head + places * dout_row + column[None, :] * dout_unit,
+        dout_ptr + batch * dout_batch + head * dout_head + places * dout_row + column[None, :],
         mask=inside, other=0,
     )  # fmt: skip
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
@@ -50,7 +52,7 @@ def statistics_arguments(
     """The grid and the arguments of the kernel.
 
     Args:
-        out, dout: [B, Hq, Sq, Dv], out's Dv contiguous; lse: [B, Hq, Sq] float32, natural logarithms.
+        out, dout: [B, Hq, Sq, Dv], dout's Dv contiguous; lse: [B, Hq, Sq] float32, natural logarithms.
         scaled, delta: float32, contiguous, [B, Hq, Sq padded to a multiple of BLOCK]: lse times lse_scale, +inf where a
             row sees nothing or is not there, and the sum of dO * O.
         dq: float32, contiguous, [B, Hq, Sq or Sq padded, any width]: is set to 0.
@@ -60,7 +62,7 @@ def statistics_arguments(
     dq_rows, head_dim = dq.shape[2:]
     columns = triton.next_power_of_2(max(head_dim, head_dim_v))
     return (batch * heads * (padded // BLOCK), 1, 1), (
-        out, dout, lse, scaled, delta, dq, *out.stride()[:3], *dout.stride(), *lse.stride(), lse_scale, heads, seqlen,
+        out, dout, lse, scaled, delta, dq, *out.stride(), *dout.stride()[:3], *lse.stride(), lse_scale, heads, seqlen,
         padded, head_dim_v, dq_rows, head_dim, BLOCK, columns,
     )  # fmt: skip
 

@@ -22,6 +22,7 @@ from fa3_inductor.kernels.dropout import keep_scale, threshold
 from fa3_inductor.kernels.forward import (
     ROWS,
     addressable,
+    check,
     is_addressable,
     key_of,
     multiprocessors,
@@ -96,6 +97,11 @@ def attention_backward(
             seed=seed, dropout_p=dropout_p,
         )  # fmt: skip
         with torch.cuda.device(q.device):
+            check(q, k, v, scale)
+            if not (dout.shape == out.shape == (*q.shape[:3], v.shape[3]) and lse.shape == q.shape[:3]):
+                raise ValueError(f"dout {list(dout.shape)}, out {list(out.shape)}, lse {list(lse.shape)} do not fit")
+            if not (dout.dtype == out.dtype == q.dtype and lse.dtype == torch.float32):
+                raise ValueError(f"dout and out are {q.dtype}, lse float32, not {dout.dtype}, {out.dtype}, {lse.dtype}")
             if not all(map(is_addressable, (dout, q, k, v))):
                 dout, q, k, v = map(addressable, (dout, q, k, v))
                 return attention_backward(dout, q, k, v, bias, mask, out, lse, **options)
@@ -122,7 +128,8 @@ def attention_backward(
     if not bias_grad:
         return dq, dk, dv, None
     dbias = dscores[..., : q.shape[2]].mT
-    where = [i for i, size in enumerate(torch.broadcast_to(bias, dbias.shape).stride()) if not size]
+    sizes = (1,) * (4 - bias.ndim) + bias.shape
+    where = [axis for axis in range(4) if sizes[axis] != dbias.shape[axis]]
     dbias = dbias.sum(where, keepdim=True, dtype=torch.float32) if where else dbias
     return dq, dk, dv, dbias.reshape(bias.shape).to(bias.dtype).contiguous()
 

@@ -155,6 +155,7 @@ def attention_forward(
             sinks=sinks, seed=seed, dropout_p=dropout_p,
         )  # fmt: skip
         with torch.cuda.device(q.device):
+            check(q, k, v, scale)
             if not all(map(is_addressable, (q, k, v))):
                 return attention_forward(*map(addressable, (q, k, v)), **options)
             if call is None:
@@ -180,6 +181,15 @@ def attention_forward(
 def key_of(x: Tensor) -> tuple:
     """What the preparation of a launch depends on in a tensor."""
     return x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
+    """Raises ValueError if the kernels do not take these operands."""
+    if problem := supports(q.shape, k.shape, v.shape, q.dtype, scale=scale):
+        raise ValueError(problem)
+    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or not q.dtype == k.dtype == v.dtype:
+        shapes = ", ".join(f"{name} {list(x.shape)} {x.dtype}" for name, x in zip("qkv", (q, k, v)))
+        raise ValueError(f"the operands do not fit together: {shapes}")
 
 
 _calls: dict = {}
@@ -208,12 +218,7 @@ class _Call(NamedTuple):
 def _prepare(
     q, k, v, *, bias, mask, scale, window_left, window_right, softcap, sinks, seed, dropout_p
 ) -> _Call:  # fmt: skip
-    """Checks a problem and compiles its kernel. Raises ValueError as `attention_forward` says."""
-    if problem := supports(q.shape, k.shape, v.shape, q.dtype, scale=scale):
-        raise ValueError(f"attention_forward: {problem}")
-    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or not q.dtype == k.dtype == v.dtype:
-        shapes = ", ".join(f"{name} {list(x.shape)} {x.dtype}" for name, x in zip("qkv", (q, k, v)))
-        raise ValueError(f"attention_forward: the operands do not fit together: {shapes}")
+    """Checks what `check` has not, and compiles the kernel. Raises ValueError as `attention_forward` says."""
     if not k.shape[2]:
         raise ValueError("attention_forward: there are no keys")
     if bias is not None and not bias.is_floating_point():
@@ -357,8 +362,8 @@ def is_addressable(x: Tensor) -> bool:
 
 
 def addressable(x: Tensor) -> Tensor:
-    """x: [B, H, S, D], or a contiguous copy if TMA cannot address x."""
-    return x if is_addressable(x) else x.clone(memory_format=torch.contiguous_format)
+    """x: [B, H, S, D], or a dense copy, which lies as `output_like` has it, if TMA cannot address x."""
+    return x if is_addressable(x) else output_like(x, x.shape[3]).copy_(x)
 
 
 def _descriptors(x: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:

@@ -1,7 +1,8 @@
 """In which KV tiles a mask leaves anything to do, and in which of them it hides nothing.
 
 The forward kernel skips the tiles before and behind the ones that a block of query rows sees, and does not read the
-mask where it hides nothing. So padding, documents packed into one sequence, chunks and prefixes cost what they show.
+mask where it hides nothing. The backward does the same with queries and keys exchanged, and hands over the mask's
+transpose. So padding, documents packed into one sequence, chunks and prefixes cost what they show.
 For that the mask is read once more than it would be anyway: a byte for 4 * head_dim operations of every head.
 """
 
@@ -75,7 +76,7 @@ def ranges_arguments(mask: Tensor, ranges: Tensor, rows: int, block_n: int) -> t
         rows, keys = 1, 2048
     else:  # as much at once as is loaded 16 bytes at a time, for the memory to be busy
         is_aligned = by_key == 1 and not any(stride % 16 for stride in others) and not mask.data_ptr() % 16
-        keys = 1024 if is_aligned else 256
+        keys = (1024 if is_aligned else 256) * 64 // rows
     return (batch * heads * blocks, 1, 1), (
         mask, ranges, *others, by_key, heads, blocks, seqlen_q, seqlen_k, rows, keys // block_n, block_n,
     )  # fmt: skip

@@ -379,3 +379,23 @@ def test_a_mask_on_another_device(target):
         return attention(q, k, v) * keep.dim()
 
     assert [s.status for s in same_as_eager(fn, qkv(), target=target)] == ["fused"]
+
+
+@pytest.mark.parametrize("spelling", ["fill", "add"])
+@pytest.mark.parametrize("target", ["reference", "sdpa"])
+def test_a_row_of_nan_scores_is_not_taken_for_one_that_sees_nothing(target, spelling):
+    def fn(q, k, v, mask):
+        scores = q @ k.mT
+        if spelling == "fill":
+            scores = scores.masked_fill(~mask, -1e9)
+        else:
+            scores = scores + (1 - mask.float()) * torch.finfo(torch.float32).min
+        return scores.softmax(-1) @ v
+
+    q, k, v = torch.randn(3, 2, 3, 8, 16).unbind()
+    q[1, 2, 5] = float("nan")
+    mask = torch.rand(2, 1, 1, 8) > 0.3
+    compiled, report = fuse(fn, target=target)
+    out = compiled(q, k, v, mask)
+    assert [s.status for s in report.sites] == ["fused"]
+    assert torch.equal(out.isnan(), fn(q, k, v, mask).isnan()) and out.isnan().any()

@@ -12,7 +12,7 @@ import torch
 from fa3_inductor.kernels.dropout import keep_scale, kept_weights
 
 LENGTHS = [1, 2, 63, 64, 127, 128, 129, 191, 257, 1000, 4097]
-LAYOUTS = ["bhsd", "bshd", "packed", "padded", "misaligned", "offset", "strided", "expanded"]
+LAYOUTS = ["bhsd", "bshd", "gated", "packed", "padded", "misaligned", "offset", "strided", "expanded"]
 
 
 def make(layout, b, h, s, d, dtype):
@@ -21,6 +21,7 @@ def make(layout, b, h, s, d, dtype):
     return {
         "bhsd": lambda: rand(b, h, s, d),
         "bshd": lambda: rand(b, s, h, d).transpose(1, 2),
+        "gated": lambda: rand(b, s, h * d + 1)[..., 1:].unflatten(-1, (h, d)).transpose(1, 2),
         "packed": lambda: rand(b, s, 3, h, d)[:, :, 1].transpose(1, 2),
         "padded": lambda: rand(b, h, s, d + 8)[..., :d],
         "misaligned": lambda: rand(b, h, s, d + 1)[..., :d],

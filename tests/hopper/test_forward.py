@@ -119,6 +119,7 @@ def test_repeats_bit_for_bit(head_dim, left, right, masked):
 
 REFUSED = {
     "head_dim 8, 16, ... 256, not 20": lambda q: dict(q=q[..., :20], k=q[..., :20]),
+    "head_dim 8, 16, ... 256, not 28": lambda q: {n: q[..., :28].contiguous() for n in "qkv"},
     "do not fit together": lambda q: dict(v=q.half()),
     "bias is floating point": lambda q: dict(bias=torch.ones(64, 64, device="cuda", dtype=torch.int64)),
     "mask is bool": lambda q: dict(mask=torch.ones(64, 64, device="cuda")),

@@ -14,14 +14,14 @@ pytest.importorskip("triton")
 BATCH, HEADS = 2, 3
 SEQLENS = (1, 31, 32, 100, 300)
 HEAD_DIMS = ((8, 8), (40, 40), (64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
-OUTS = {
+LAYOUTS = {
     "contiguous": torch.randn,
     "heads inside": lambda b, h, s, d: torch.randn(b, s, h, d).transpose(1, 2),
     "a part": lambda b, h, s, d: torch.randn(b + 1, h + 1, s + 1, d + 8)[1:, 1:, 1:, 8:],
 }
-DOUTS = OUTS | {
+DOUTS = LAYOUTS | {"by head": lambda b, h, s, d: torch.randn(h, 1, d).expand(b, h, s, d)}
+OUTS = LAYOUTS | {
     "transposed": lambda b, h, s, d: torch.randn(b, h, d, s).mT,
-    "by head": lambda b, h, s, d: torch.randn(h, 1, d).expand(b, h, s, d),
     "a number": lambda *shape: torch.randn(()).expand(shape),
 }
 LSES = {
