@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
+import fa3_inductor
 from fa3_inductor import plan
 
 from . import forms
@@ -59,15 +61,17 @@ def test_deterministic_algorithms(grads):
     assert site.target == ("sdpa" if grads else "hopper"), site.verdict
 
 
-@pytest.mark.parametrize("spelling", ["dropout", "sdpa"])
-def test_dropout(spelling):
+def dropped(q, k, v):
+    return torch.dropout(torch.softmax(q @ k.mT * 0.25, dim=-1), 0.4, True) @ v
+
+
+def dropped_by_sdpa(q, k, v):
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=0.4)
+
+
+@pytest.mark.parametrize("fn", [dropped, dropped_by_sdpa])
+def test_dropout(fn):
     """The backward drops what the forward has dropped."""
-
-    def fn(q, k, v):
-        if spelling == "sdpa":
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=0.4)
-        return torch.dropout(torch.softmax(q @ k.mT * 0.25, dim=-1), 0.4, True) @ v
-
     q, k = torch.randn(2, 2, 4, 64, 16, dtype=torch.bfloat16).unbind()
     v = torch.eye(64, dtype=torch.bfloat16).expand(2, 4, 64, 64).clone().requires_grad_()
     compiled, report = fuse(fn)
@@ -80,6 +84,25 @@ def test_dropout(spelling):
     dout = torch.randn_like(weights)
     (grad,) = torch.autograd.grad(weights, v, dout)
     torch.testing.assert_close(grad, weights.detach().mT @ dout, rtol=2e-2, atol=2e-2)
+
+
+def test_dropout_in_a_checkpoint():
+    """What is computed again in the backward drops the same weights again."""
+
+    def fn(q, k, v):
+        return torch.utils.checkpoint.checkpoint(dropped, q, k, v, use_reentrant=False)
+
+    q, k = (x.requires_grad_() for x in torch.randn(2, 2, 4, 64, 16).unbind())
+    v = torch.eye(64).expand(2, 4, 64, 64).clone().requires_grad_()
+    torch._dynamo.reset()
+    fa3_inductor.clear_reports()
+    compiled = torch.compile(fn, backend="fa3_inductor", options={"target": "reference"})
+    weights, again = compiled(q, k, v), compiled(q, k, v)
+    assert [s.target for s in fa3_inductor.reports().sites] == ["reference"]
+    assert not torch.equal(weights, again)
+    dout = torch.randn_like(weights)
+    (grad,) = torch.autograd.grad(weights, v, dout)
+    torch.testing.assert_close(grad, weights.detach().mT @ dout)
 
 
 def shifted(q, k, v, fill):
