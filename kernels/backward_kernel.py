@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fa3_inductor.kernels.compat import tma_add, tma_load, tma_store
 from fa3_inductor.kernels.dropout import kept, key_of_head
-from fa3_inductor.kernels.forward_kernel import ROWS, _arrive, _barriers, _mask, _ring, _sync
+from fa3_inductor.kernels.forward_kernel import ROWS, _arrive, _barriers, _mask, _ring, _sync, _tile
 
 CONSUMERS = gl.constexpr(2)
 THREADS = gl.constexpr(128 * 2 + 32)  # of consumers and producer
@@ -126,13 +126,6 @@ def _produce(
 
 
 @gluon.jit
-def _tile(smem, slot):
-    """One slot of a ring as [rows, columns]."""
-    tile = smem.index(slot)
-    return tile.reshape([tile.shape[2], tile.shape[3]])
-
-
-@gluon.jit
 def _opaque(x):
     """x, as a value that LLVM knows nothing of. What is worked out from it in a loop stays in the loop.
 
@@ -153,6 +146,19 @@ def _minus(columns, zero):
     """-columns in every row, in registers of its own: for what LLVM copies after a fence, ptxas waits (C7517)."""
     x = zero + columns[None, :]
     return gl.inline_asm_elementwise("neg.f32 $0, $1;", "=r,r", [x], gl.float32, False, 1)
+
+
+@gluon.jit
+def _mask_tile(s, keys, row0, window, LEFT: gl.constexpr, RIGHT: gl.constexpr, s_layout: gl.constexpr):
+    """-inf where a key is past the end, or the window hides it from the query: [keys, queries from row0 on]."""
+    seqlen_q, seqlen_k, left, right = window
+    low = keys - row0
+    if RIGHT:
+        low = low - right
+    high = low * 0 + s.shape[1]
+    if LEFT:
+        high = keys + (left + 1 - row0)
+    return _mask(s, low, gl.where(keys < seqlen_k, high, 0), RIGHT, s_layout)
 
 
 @gluon.jit
@@ -219,14 +225,7 @@ def _query_loop(
             terms = LOAD(operands, batch, head, queries, keys, seqlen_q, seqlen_k, MASKED)
             s, slope = APPLY(s, scale, terms)
         if MASKED:
-            low = keys - row0
-            if RIGHT:
-                low = low - right
-            high = low * 0 + BLOCK_M
-            if LEFT:
-                high = keys + (left + 1 - row0)
-            high = gl.where(keys < seqlen_k, high, 0)
-            s = _mask(s, low, high, RIGHT, s_layout)
+            s = _mask_tile(s, keys, row0, window, LEFT, RIGHT, s_layout)
         if CAPPED:
             p = gl.exp2(s - lse_smem.index(slot).load(columns_layout)[None, :])
         else:

@@ -49,15 +49,15 @@ from fa3_inductor.kernels.backward_kernel import (
     DO_EMPTY,
     Q_EMPTY,
     THREADS,
+    _mask_tile,
     _opaque,
     _place,
     _produce,
     _query_ranges,
-    _tile,
 )
 from fa3_inductor.kernels.compat import tma_store
 from fa3_inductor.kernels.dropout import kept, key_of_head
-from fa3_inductor.kernels.forward_kernel import ROWS, _accumulate, _arrive, _barriers, _mask, _ring, _sync
+from fa3_inductor.kernels.forward_kernel import ROWS, _accumulate, _arrive, _barriers, _ring, _sync, _tile
 
 WEIGHTS = gl.constexpr(0)  # the consumers
 SCORES = gl.constexpr(1)
@@ -102,7 +102,7 @@ def _add(dq_ptr, row0, column0: gl.constexpr, x, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _parts(tile, COLUMNS: gl.constexpr):
+def _cut(tile, COLUMNS: gl.constexpr):
     """The first COLUMNS of a tile: all, or in two parts."""
     if COLUMNS == tile.shape[1]:
         return (tile,)
@@ -113,8 +113,8 @@ def _parts(tile, COLUMNS: gl.constexpr):
 @gluon.jit
 def _product(a, b, x, COLUMNS: gl.constexpr):
     """Issues x + A @ B^T over the first COLUMNS of both."""
-    a_parts = _parts(a, COLUMNS)
-    b_parts = _parts(b, COLUMNS)
+    a_parts = _cut(a, COLUMNS)
+    b_parts = _cut(b, COLUMNS)
     x = warpgroup_mma(a_parts[0], b_parts[0].permute((1, 0)), x, is_async=True)
     if len(a_parts) == 2:
         x = warpgroup_mma(a_parts[1], b_parts[1].permute((1, 0)), x, is_async=True)
@@ -210,14 +210,7 @@ def _query_loop(
                 terms = LOAD(operands, batch, head, queries, keys, seqlen_q, seqlen_k, MASKED)
                 x, slope = APPLY(x, scale, terms)
             if MASKED:
-                low = keys - row0
-                if RIGHT:
-                    low = low - right
-                high = low * 0 + BLOCK_M
-                if LEFT:
-                    high = keys + (left + 1 - row0)
-                high = gl.where(keys < seqlen_k, high, 0)
-                x = _mask(x, low, high, RIGHT, s_layout)
+                x = _mask_tile(x, keys, row0, window, LEFT, RIGHT, s_layout)
             if CAPPED:
                 x = gl.exp2(x - lse[None, :])
                 p_smem.store(x * slope)
@@ -246,9 +239,9 @@ def _query_loop(
             mbarrier.wait(q_full.index(slot), (it // STAGES) & 1)
         x16 = gl.convert_layout(x16, operand, assert_trivial=True)
         if ROLE == WEIGHTS:
-            acc = _accumulate(x16, _parts(do, COLUMNS_V), acc)
+            acc = _accumulate(x16, _cut(do, COLUMNS_V), acc)
         else:
-            acc = _accumulate(x16, _parts(q, COLUMNS), acc)
+            acc = _accumulate(x16, _cut(q, COLUMNS), acc)
         if LATE:
             dq = _dq(last_ds, k, COLUMN, dq_zero)
             acc = _wait(1, acc, x16)
@@ -350,7 +343,7 @@ def _consume(
         factor = grad_scale
         out_smem = q_smem
         _sync(TOGETHER, 128)  # all of this group are through with it
-    out = _parts(_tile(out_smem, 0), OUT_COLUMNS)
+    out = _cut(_tile(out_smem, 0), OUT_COLUMNS)
     out[0].store((acc[0] * factor).to(dtype))
     if len(acc) == 2:
         out[1].store((acc[1] * factor).to(dtype))

@@ -138,14 +138,19 @@ def _full_end(place, window, ranges, WHICH: gl.constexpr):
 
 
 @gluon.jit
+def _tile(smem, slot):
+    """One slot of one part's ring as [rows, columns]."""
+    tile = smem.index(slot)
+    return tile.reshape([tile.shape[2], tile.shape[3]])
+
+
+@gluon.jit
 def _at(smem, slot):
-    """One slot of a ring, each part as [rows, columns]."""
-    first = smem[0].index(slot)
+    """One slot of a ring, all of its parts."""
     if len(smem) == 1:
-        return (first.reshape([first.shape[2], first.shape[3]]),)
+        return (_tile(smem[0], slot),)
     else:
-        second = smem[1].index(slot)
-        return (first.reshape([first.shape[2], first.shape[3]]), second.reshape([second.shape[2], second.shape[3]]))
+        return (_tile(smem[0], slot), _tile(smem[1], slot))
 
 
 @gluon.jit
