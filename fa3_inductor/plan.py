@@ -30,6 +30,14 @@ def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: 
     """
     tensors = {name: getattr(spec, name).node.meta["val"] for name in ("q", "k", "v")}
     _check(spec, tensors)
+    if trains and tensors["q"].dtype != torch.float32:
+        for factor, _ in spec.q_factors:
+            if may_have_gradient(factor.node):
+                raise Rejected(
+                    Reason.TENSOR_SCALE,
+                    f"'{factor.node.name}' scales the scores and may have a gradient, which is a sum over all of them: "
+                    "from 16-bit gradients of the queries it would be less exact than as written",
+                )
     empty = spec.empty
     if relaxed_empty_rows and empty is not Empty.IMPOSSIBLE:
         empty = Empty.ZERO

@@ -301,6 +301,9 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
         )
     q, k, v = (emit.operand(x) for x in (spec.q, spec.k, spec.v))
     q, k, v = _expand_batch(emit, spec, (q, k, v))
+    for factor, inverse in spec.q_factors:  # in float32, for the factor's gradient, which sums up all queries
+        scaled = emit.call(operator.truediv if inverse else operator.mul, emit.call("float", q), emit.operand(factor))
+        q = emit.call("to", scaled, fake_value(q).dtype)
     scale = _scale(emit, spec, q)
     if spec.scale.is_negative:  # fused kernels take the largest product for the largest score
         q, scale = emit.call(operator.neg, q), -scale

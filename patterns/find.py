@@ -18,7 +18,7 @@ from .products import as_product, is_product
 from .reasons import Reason
 from .scores import Added, Hidden, NotScores, Scores, read_scores
 from .spec import AttentionSpec, Empty, Rejected, Term, TermKind
-from .terms import empty_beside_sink, hides_by_infinity, read_sink, read_terms
+from .terms import empty_beside_sink, hides_by_infinity, read_sink, read_terms, side_operand
 from .written import EMPTY_ROWS, Written, put_together
 
 aten = torch.ops.aten
@@ -280,7 +280,7 @@ class _Reading:
             return {s for e in index for s in space.indices_of(e)}
 
         in_q, in_k, in_v = used(view.q_index), used(view.k_index), used(view.v_index)
-        in_p = in_q | in_k | {s for t in view.scores.terms for s in used(t.index)}
+        in_p = in_q | in_k | {s for x in (*view.scores.terms, *view.scores.factors) for s in used(x.index)}
         values = [s for s in symbols if s in in_v and s not in in_p]
         queries = [s for s in symbols if s in in_q and s not in in_k | in_v]
         axis_d = self._only(values, view.result_index, "value")
@@ -342,6 +342,13 @@ class _Reading:
         softcap = view.scores.softcap
         if softcap is not None and not softcap.is_number:
             raise Rejected(Reason.TENSOR_SCALE, f"the soft cap is {softcap}")
+        q_factors = []
+        for factor in view.scores.factors:
+            if any(view.k in entry.free_symbols for entry in factor.index):
+                raise Rejected(
+                    Reason.TENSOR_SCALE, f"'{factor.node.name}', which scales the scores, differs from key to key"
+                )
+            q_factors.append((side_operand(space, factor.node, factor.index, roles), factor.inverse))
         terms, mask, empty = read_terms(self.algebra, view.scores.terms, roles, axes)
         empty = _as_written(self.softmax, self.weights, view, empty)
         sinks = None
@@ -374,6 +381,7 @@ class _Reading:
             dropout_p=self.weights.dropout_p,
             form=" · ".join(words),
             softcap=None if softcap is None else float(softcap),
+            q_factors=tuple(q_factors),
             sinks=sinks,
         )
         return spec, (*view.scores.nodes, *self.weights.nodes, product)
@@ -427,7 +435,8 @@ def _with_bias(text: str, terms: tuple[Term, ...]) -> str:
 def _splits(space: Space, view: _View) -> dict[sympy.Symbol, sympy.Expr]:
     """Result axes that are really two: index // n or index % n of one was read somewhere."""
     found: dict[sympy.Symbol, sympy.Expr] = {}
-    indices = [view.q_index, view.k_index, view.v_index, *(t.index for t in view.scores.terms)]
+    indices = [view.q_index, view.k_index, view.v_index]
+    indices += [x.index for x in (*view.scores.terms, *view.scores.factors)]
     for node, index in ((view.q_node, view.q_index), (view.k_node, view.k_index), (view.v_node, view.v_index)):
         step: tuple[Node, Index] | None = (node, index)
         while step is not None:

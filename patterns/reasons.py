@@ -13,7 +13,7 @@ class Reason(enum.Enum):
     SCORES_USED = "the attention scores are used elsewhere, so they have to exist"
     SCORE_OP = "an operation on the scores is not one that the kernels can carry out"
     WEIGHTS_OP = "an operation on the attention weights is not one that the kernels can carry out"
-    TENSOR_SCALE = "the scale is a tensor, not a number known when compiling"
+    TENSOR_SCALE = "the scale is a tensor of a kind that cannot be taken to the queries"
     FILL_VALUE = "the value written over masked scores is not low enough to be a mask"
     EMPTY_ROWS = "a query may have every key masked, and what the user's code gives there cannot be kept"
     LAYOUT = "the operands do not line up as query, key and value of one attention"

@@ -50,13 +50,22 @@ class Hidden:
 
 
 @dataclasses.dataclass(frozen=True)
+class Factor:
+    """A tensor that the product is multiplied by, or divided by if ``inverse``."""
+
+    node: Node
+    index: Index
+    inverse: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Scores:
     """``scale * product`` with ``terms`` applied in order; ``nodes`` are the chain's interior, softmax side first.
 
     With a ``softcap``, ``softcap * tanh(scale * product / softcap)`` takes the place of ``scale * product``.
     ``shifted`` says that a number was added, which a softmax does not see, but a soft cap would. ``sink`` is one more
     column that was joined to the scores, and ``along`` the index expressions that have to be the keys': where it was
-    joined, and where a row's maximum was taken.
+    joined, and where a row's maximum was taken. ``factors`` are tensors that scale the product as well.
     """
 
     product: Product
@@ -68,6 +77,7 @@ class Scores:
     shifted: bool = False
     sink: tuple[Node, Index] | None = None
     along: tuple[sympy.Expr, ...] = ()
+    factors: tuple["Factor", ...] = ()
 
 
 class NotScores(Exception):
@@ -190,14 +200,19 @@ def _scaled(algebra: Algebra, node: Node, index: Index) -> Scores:
         factor: Value = sympy.Integer(-1)
     else:
         factor = to_number(algebra.value(*operands[1 - position]))
-        if packet(node) is aten.div:
-            if position == 1 or node.kwargs.get("rounding_mode") is not None:
-                raise NotScores(Reason.SCORE_OP, f"'{node.name}' divides by the scores")
-            if isinstance(factor, Choice) or factor.is_zero:
-                raise NotScores(Reason.SCORE_OP, f"the divisor of '{node.name}' is not a number other than zero")
+        is_divided = packet(node) is aten.div
+        if is_divided and (position == 1 or node.kwargs.get("rounding_mode") is not None):
+            raise NotScores(Reason.SCORE_OP, f"'{node.name}' divides by the scores")
+        if isinstance(factor, Choice) or algebra.space.indices_of(factor) or factor.has(Opaque):
+            _check_no_sink(scores, node)
+            if scores.terms or scores.softcap is not None:
+                raise NotScores(Reason.TENSOR_SCALE, f"'{node.name}' scales more than a product by a tensor")
+            tensors = (*scores.factors, Factor(*operands[1 - position], is_divided))
+            return _extend(scores, node, "scale", factors=tensors)
+        if is_divided:
+            if factor.is_zero:
+                raise NotScores(Reason.SCORE_OP, f"the divisor of '{node.name}' is zero")
             factor = 1 / factor
-    if isinstance(factor, Choice) or algebra.space.indices_of(factor) or factor.has(Opaque):
-        raise NotScores(Reason.TENSOR_SCALE, f"'{node.name}' scales the scores by a tensor")
     _check_no_sink(scores, node)
     terms = tuple(
         dataclasses.replace(t, coefficient=t.coefficient * factor)

@@ -117,6 +117,7 @@ class AttentionSpec:
     form: str
     is_sdpa: bool = False
     softcap: float | None = None
+    q_factors: tuple[tuple[Operand, bool], ...] = ()  # that q is multiplied by, or divided by if True; none has keys
     sinks: Operand | None = None  # [Hq]: one more score in every row of a head, which has no value
 
     @property

@@ -80,6 +80,23 @@ def mask_by_its_other_names(q, k, v):
     return F.softmax(torch.add(scores, offset), -1) @ v
 
 
+@form("full", args=lambda: [*qkv(), torch.tensor(0.3)], grads=False)
+def tensor_scale(q, k, v, scale):
+    return torch.softmax(q @ k.mT * scale, -1) @ v
+
+
+@form("causal", args=lambda: [*qkv(), torch.rand(H, 1, 1) + 0.5], grads=False)
+def temperature_of_each_head(q, k, v, temperature):
+    hidden = torch.ones(q.size(-2), k.size(-2), device=q.device).tril() == 0
+    cosines = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
+    return torch.softmax((cosines / temperature * 4.0).masked_fill(hidden, INF), -1) @ v
+
+
+@form("full", args=lambda: [*qkv(), torch.rand(S, 1) + 0.5], grads=False)
+def temperature_of_each_query(q, k, v, temperature):
+    return torch.softmax(torch.einsum("bhqd,bhkd->bhqk", q, k) / 4 * temperature, -1) @ v
+
+
 @form("full")
 def q_scaled_before(q, k, v):
     return F.softmax((q * 0.25) @ k.mT, -1) @ v
@@ -626,8 +643,8 @@ def head_mask(q, k, v, m):
     return (torch.softmax(q @ k.mT * 0.25, -1) * m) @ v
 
 
-@form(reason=Reason.TENSOR_SCALE, args=lambda: [*qkv(), torch.tensor(0.3)])
-def tensor_scale(q, k, v, scale):
+@form(reason=Reason.TENSOR_SCALE, args=lambda: [*qkv(), torch.rand(S)])
+def tensor_scale_along_the_keys(q, k, v, scale):
     return torch.softmax(q @ k.mT * scale, -1) @ v
 
 

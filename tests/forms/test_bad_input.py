@@ -331,9 +331,37 @@ def test_odd_scales(scale, target):
     same_as_eager(lambda q, k, v: (q @ k.mT * scale).softmax(-1) @ v, qkv(), target=target)
 
 
-def test_a_tensor_as_scale():
+@pytest.mark.parametrize("scale", [0.3, -0.3, 0.0, 30.0])
+def test_a_tensor_as_scale(scale):
     fn = lambda q, k, v, s: (q @ k.mT * s).softmax(-1) @ v  # noqa: E731
-    assert [s.reason for s in same_as_eager(fn, [*qkv(), torch.tensor(0.3)])] == [Reason.TENSOR_SCALE]
+    assert [s.status for s in same_as_eager(fn, [*qkv(), torch.tensor(scale)])] == ["fused"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_gradient_of_a_tensor_as_scale(learned, dtype):
+    """In 16 bits it would be a sum of rounded gradients of the queries: then the attention stays as it is."""
+    fn = lambda q, k, v, s: (q @ k.mT * (s if learned else s.detach() * 0 + 0.3)).softmax(-1) @ v  # noqa: E731
+    args = [*(x.to(dtype).requires_grad_() for x in qkv()), torch.rand(3, 1, 1).add(0.5).to(dtype).requires_grad_()]
+    compiled, report = fuse(fn)
+    leaves = args if learned else args[:3]
+    out, want = compiled(*args), fn(*args)
+    dout = torch.randn_like(out)
+    for got, grad in zip(torch.autograd.grad(out, leaves, dout), torch.autograd.grad(want, leaves, dout)):
+        torch.testing.assert_close(got, grad, rtol=0.05, atol=0.05)
+    (site,) = report.sites
+    exact = dtype == torch.float32
+    assert (site.status, site.reason) == (("fused", None) if exact else ("rejected", Reason.TENSOR_SCALE)), site.verdict
+
+
+def test_a_tensor_that_scales_more_than_the_product():
+    for fn in (
+        lambda q, k, v, s: ((q @ k.mT + 1.0 / (1 + q[..., :1])) * s).softmax(-1) @ v,
+        lambda q, k, v, s: (torch.tanh(q @ k.mT) * s).softmax(-1) @ v,
+        lambda q, k, v, s: (q @ k.mT * s.expand(S)).softmax(-1) @ v,
+    ):
+        reports = same_as_eager(fn, [*qkv(), torch.tensor(0.3)])
+        assert [s.reason for s in reports if s.status == "rejected"] in ([], [Reason.TENSOR_SCALE])
 
 
 # ------------------------------------------------------------------------------------------- no attention

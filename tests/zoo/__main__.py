@@ -59,7 +59,7 @@ def summary(results: list[Result], missing: dict[str, str], stock: bool) -> list
         "missed": [f"{r.mode} {r.name}: {r.missed}" for r in ran if r.missed],
         "wrong": [f"{r.mode} {r.name}" for r in ran if r.wrong],
         "not captured": [f"{r.mode} {r.name}" for r in ran if r.captures],
-        "failed without the pass": [f"{r.mode} {r.name}: {r.failure}" for r in results if r.failure],
+        "did not run": [f"{r.mode} {r.name}: {r.failure}" for r in results if r.failure],
         "not installed": [f"{family}: {why}" for family, why in missing.items()],
     }
     for title, entries in lists.items():
@@ -73,7 +73,7 @@ def main() -> int:
     parser.add_argument("-k", metavar="SUBSTRING", default="", help="only models with this in their name")
     parser.add_argument("--mode", choices=[*MODES, "both"], default="both")
     parser.add_argument("--target", choices=["reference", "sdpa"], default="reference")
-    parser.add_argument("--stock", action="store_true", help="count what Inductor's own patterns fuse; slow")
+    parser.add_argument("--stock", action="store_true", help="also count what Inductor's own patterns fuse")
     parser.add_argument("--json", metavar="FILE", help="write the results to this file")
     options = parser.parse_args()
     quiet()

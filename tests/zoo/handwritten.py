@@ -237,9 +237,9 @@ class NormalisedQueriesAndKeys(Attention):
         return (self.q_norm(q) @ self.k_norm(k).mT * HEAD_DIM**-0.5).softmax(-1) @ v
 
 
-@form("cosine-clamped-temperature", gap=1, reason=Reason.TENSOR_SCALE)
+@form("cosine-clamped-temperature")
 class Cosine(Attention):
-    """Swin V2: a learned temperature for each head. The scale is a tensor, which could be taken to the query."""
+    """Swin V2: a learned temperature for each head. The scale is a tensor."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -307,7 +307,10 @@ def distance(ours: Tensor | None, exact: Tensor | None, floor: float = 0.0) -> f
 
 
 def stock_attentions(call: Call, mode: str) -> int:
-    """How many attentions Inductor's own patterns fuse in the same call: its graph passes run, and generate nothing."""
+    """How often Inductor's own attention patterns match in the same call; its graph passes run, and generate nothing.
+
+    This is Inductor's counter: an attention in chunks counts once a chunk, and some of those in training twice.
+    """
     from torch._inductor.compile_fx import compile_fx
 
     def without_code(gm: torch.fx.GraphModule, _inputs: list[Any], **_options: Any) -> Callable:
