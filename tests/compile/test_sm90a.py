@@ -1,6 +1,8 @@
 """Every kernel configuration compiles for sm_90a to the code it was designed as. No GPU needed."""
 
 import dataclasses
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -21,10 +23,23 @@ GOOD = offline.Report(
 )
 
 
+@pytest.fixture(scope="module")
+def check(request):
+    """`offline.check`, of all configurations to be tested at once: each is a process that takes seconds."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # there are several of us already
+        yield offline.check
+        return
+    wanted = [item for item in request.session.items if getattr(item, "originalname", "") == "test_configuration"]
+    names = [item.callspec.params["name"] for item in wanted]
+    pool = ThreadPoolExecutor(os.cpu_count())
+    results = {name: pool.submit(offline.check, name) for name in names}
+    yield lambda name: results[name].result()
+    pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.parametrize("name", offline.cases())
-def test_configuration(name):
-    result = offline.check(name)
-    assert result["violations"] == []
+def test_configuration(name, check):
+    assert check(name)["violations"] == []
 
 
 def test_a_good_report_breaks_no_rule():
