@@ -224,6 +224,8 @@ def _query_loop(
         if CAPPED:
             terms = LOAD(operands, batch, head, queries, keys, seqlen_q, seqlen_k, MASKED)
             s, slope = APPLY(s, scale, terms)
+            if not DROPOUT:  # at once, for the registers
+                dp = dp * slope
         if MASKED:
             s = _mask_tile(s, keys, row0, window, LEFT, RIGHT, s_layout)
         if CAPPED:
@@ -239,7 +241,7 @@ def _query_loop(
             p = gl.where(keep, p, 0.0)
         else:
             dscores = p * dp
-        if CAPPED:
+        if CAPPED and DROPOUT:
             dscores = dscores * slope
         p16 = gl.convert_layout(p.to(dtype), dv_operand, assert_trivial=True)
         ds16 = dscores.to(dtype)
