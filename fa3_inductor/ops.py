@@ -2,7 +2,8 @@
 
 Import this module to register them. They are opaque to Inductor, functional, differentiable once (in q, k, v, bias and
 sinks), and have fakes for every shape, symbolic ones included. Both take `target`: "hopper" runs the Gluon kernels on
-CUDA tensors, "reference" the plain PyTorch specification; CPU tensors always take the reference.
+CUDA tensors, "reference" the plain PyTorch specification; CPU tensors always take the reference. With a `seed`, int64
+[1], weights are dropped with probability `dropout_p`, by the rule of `fa3_inductor.kernels.dropout`.
 `fa3_inductor.kernels.reference` says what the other arguments mean.
 """
 

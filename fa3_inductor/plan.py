@@ -30,14 +30,7 @@ def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: 
     """
     tensors = {name: getattr(spec, name).node.meta["val"] for name in ("q", "k", "v")}
     _check(spec, tensors)
-    if trains and tensors["q"].dtype != torch.float32:
-        for factor, _ in spec.q_factors:
-            if may_have_gradient(factor.node):
-                raise Rejected(
-                    Reason.TENSOR_SCALE,
-                    f"'{factor.node.name}' scales the scores and may have a gradient, which is a sum over all of them: "
-                    "from 16-bit gradients of the queries it would be less exact than as written",
-                )
+    _check_factors(spec, tensors["q"].dtype, trains)
     empty = spec.empty
     if relaxed_empty_rows and empty is not Empty.IMPOSSIBLE:
         empty = Empty.ZERO
@@ -61,7 +54,8 @@ def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: 
 
 def _check(spec: AttentionSpec, tensors: dict[str, torch.Tensor]) -> None:
     devices = {x.device for x in tensors.values()}
-    devices |= {t.operand.node.meta["val"].device for t in spec.terms if t.operand.node.meta["val"].ndim}
+    beside = [t.operand for t in spec.terms] + [factor for factor, _ in spec.q_factors]
+    devices |= {x.node.meta["val"].device for x in beside if x.node.meta["val"].ndim}
     if len(devices) > 1:
         raise Rejected(Reason.DEVICE, ", ".join(sorted(map(str, devices))))
     if any(x.is_nested for x in tensors.values()):
@@ -74,13 +68,28 @@ def _check(spec: AttentionSpec, tensors: dict[str, torch.Tensor]) -> None:
         raise Rejected(Reason.EMPTY, "sizes " + ", ".join(map(str, sizes)))
 
 
+def _check_factors(spec: AttentionSpec, dtype: torch.dtype, trains: bool) -> None:
+    """Whether what scales the scores can be taken to the queries, in their dtype."""
+    for factor, _ in spec.q_factors:
+        scales = f"'{factor.node.name}' scales the scores"
+        if dtype == torch.float16:
+            raise Rejected(Reason.TENSOR_SCALE, f"{scales}, and may be too large for queries in float16")
+        if dtype != torch.float32 and trains and may_have_gradient(factor.node):
+            raise Rejected(
+                Reason.TENSOR_SCALE,
+                f"{scales} and may have a gradient, which is a sum over all of them: from 16-bit gradients of the "
+                "queries it would be less exact than as written",
+            )
+
+
 def _not_on_hopper(spec: AttentionSpec, tensors: dict[str, torch.Tensor], trains: bool) -> str | None:
     q = tensors["q"]
     if (why := _not_hopper(q.device)) is not None:
         return why
     if trains and torch.are_deterministic_algorithms_enabled():
         return "deterministic algorithms: the kernel adds to the gradient of q in no fixed order"
-    if trains and spec.softcap is not None and any(may_have_gradient(t.operand.node) for t in spec.terms):
+    biases = [t.operand.node for t in spec.terms if t.kind is TermKind.BIAS and t.window is None]
+    if trains and spec.softcap is not None and any(map(may_have_gradient, biases)):
         return "the gradient of a bias beside a soft cap"
     if spec.softcap is not None and spec.softcap > 1e3:
         return f"a soft cap of {spec.softcap:g}, at which tanh is not precise enough"

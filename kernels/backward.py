@@ -79,6 +79,12 @@ def attention_backward(
 
     The others are those of `attention_forward`, and what it says of them holds here.
 
+    Operands are copied as the forward's are, dout too.
+
+    Raises:
+        ValueError: with the sentence of `supports`, if the operands do not fit together, or for the gradient of a bias
+            beside a soft cap.
+
     Returns:
         dq, dk and dv, each as `output_like` has it, and the gradient of bias, contiguous, or None. Sums over keys are
         in float32, in no fixed order, so that dq may differ in its last bit from call to call.

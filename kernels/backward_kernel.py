@@ -82,9 +82,26 @@ def _query_ranges(
 
 
 @gluon.jit
-def _load_at(desc, coordinates, bar, smem, slot):
+def _load_keys(desc, place, bar, smem, slot):
+    """Brings 64 rows of K or V."""
+    batch, kv_head, key0 = place
     mbarrier.expect(bar, desc.block_type.nbytes)
-    tma_load(desc, coordinates, bar, smem.index(slot))
+    tma_load(desc, [batch, kv_head, key0 + slot * ROWS, 0], bar, smem.index(slot))
+
+
+@gluon.jit
+def _load_queries(
+    desc, row_desc, place, at, it, full, smem, row_smem, EMPTY: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """Brings a tile of Q or dO and a statistic of its rows into slot it % STAGES, once that is free."""
+    batch, head, row = place
+    slot = it % STAGES
+    if it >= STAGES:
+        _sync(EMPTY + slot, THREADS)
+    bar = full.index(slot)
+    mbarrier.expect(bar, desc.block_type.nbytes + row_desc.block_type.nbytes)
+    tma_load(desc, [batch, head, row, 0], bar, smem.index(slot))
+    tma_load(row_desc, [at + row], bar, row_smem.index(slot))
 
 
 @gluon.jit
@@ -99,29 +116,17 @@ def _produce(
     batch, kv_head, key0 = _place(work, KEYS)
     TILES: gl.constexpr = KEYS // ROWS
     for i in gl.static_range(TILES):
-        _load_at(k_desc, [batch, kv_head, key0 + i * ROWS, 0], kv_full.index(i), k_smem, i)
-        _load_at(v_desc, [batch, kv_head, key0 + i * ROWS, 0], kv_full.index(TILES + i), v_smem, i)
+        _load_keys(k_desc, (batch, kv_head, key0), kv_full.index(i), k_smem, i)
+        _load_keys(v_desc, (batch, kv_head, key0), kv_full.index(TILES + i), v_smem, i)
     it = 0
     q_heads = work[1] * group
     for head in range(kv_head * group, (kv_head + 1) * group):
         at = (batch * q_heads + head) * padded_q
         first, _, _, stop = _query_ranges(batch, head, key0, window, ranges, KEYS, BLOCK_M, LEFT, RIGHT)
         for tile in range(first, stop):
-            row = tile * BLOCK_M
-            slot = it % STAGES
-            if it >= STAGES:
-                _sync(Q_EMPTY + slot, THREADS)
-            bar = q_full.index(slot)
-            mbarrier.expect(bar, q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
-            tma_load(q_desc, [batch, head, row, 0], bar, q_smem.index(slot))
-            tma_load(lse_desc, [at + row], bar, lse_smem.index(slot))
-            slot = it % DO_STAGES
-            if it >= DO_STAGES:
-                _sync(DO_EMPTY + slot, THREADS)
-            bar = do_full.index(slot)
-            mbarrier.expect(bar, do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
-            tma_load(do_desc, [batch, head, row, 0], bar, do_smem.index(slot))
-            tma_load(delta_desc, [at + row], bar, delta_smem.index(slot))
+            place = (batch, head, tile * BLOCK_M)
+            _load_queries(q_desc, lse_desc, place, at, it, q_full, q_smem, lse_smem, Q_EMPTY, STAGES)
+            _load_queries(do_desc, delta_desc, place, at, it, do_full, do_smem, delta_smem, DO_EMPTY, DO_STAGES)
             it += 1
 
 

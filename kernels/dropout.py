@@ -1,9 +1,9 @@
 """Which attention weights dropout keeps: one rule for the forward, the backward and the specification.
 
 A weight's fate hangs on a seed and on its place (batch and head, query, key), by a counter-based generator: Philox 2x32
-with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011, which finds it to pass all of
-TestU01). One call of it makes 64 bits, 16 for each weight of the queries q and q + 8 and the keys k and k + 8: a thread
-holds all four of them, whether scores are [queries, keys] or [keys, queries].
+(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011; their library Random123 says that they know of no
+statistical flaws from 6 rounds on). One call of it makes 64 bits, 16 for each weight of the queries q and q + 8 and the
+keys k and k + 8: a thread holds all four of them, whether scores are [queries, keys] or [keys, queries].
 """
 
 import torch

@@ -18,7 +18,10 @@ INF = float("-inf")
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """``mask`` is what has to be proved of a form that has to be fused; ``reason`` why another has to be left alone."""
+    """``mask`` is what has to be proved of a form that has to be fused; ``reason`` why another has to be left alone.
+
+    ``grads``: whether it is fused in 16-bit training too; ``float16``: whether in that dtype.
+    """
 
     name: str
     fn: Callable
@@ -26,6 +29,7 @@ class Form:
     mask: str | None = None
     reason: Reason | None = None
     grads: bool = True
+    float16: bool = True
 
 
 FORMS: list[Form] = []
@@ -38,9 +42,9 @@ def qkv(kv_heads: int = H, seqlen_q: int | None = None) -> list[Tensor]:
     return [torch.randn(B, H, seqlen_q or S, D), *(torch.randn(B, kv_heads, S, D) for _ in range(2))]
 
 
-def form(mask: str | None = None, reason: Reason | None = None, args: Callable = qkv, grads: bool = True) -> Callable:
+def form(mask: str | None = None, reason: Reason | None = None, args: Callable = qkv, **where: bool) -> Callable:
     def register(fn: Callable) -> Callable:
-        FORMS.append(Form(fn.__name__, fn, args, mask, reason, grads))
+        FORMS.append(Form(fn.__name__, fn, args, mask, reason, **where))
         return fn
 
     return register
@@ -80,19 +84,19 @@ def mask_by_its_other_names(q, k, v):
     return F.softmax(torch.add(scores, offset), -1) @ v
 
 
-@form("full", args=lambda: [*qkv(), torch.tensor(0.3)], grads=False)
+@form("full", args=lambda: [*qkv(), torch.tensor(0.3)], grads=False, float16=False)
 def tensor_scale(q, k, v, scale):
     return torch.softmax(q @ k.mT * scale, -1) @ v
 
 
-@form("causal", args=lambda: [*qkv(), torch.rand(H, 1, 1) + 0.5], grads=False)
+@form("causal", args=lambda: [*qkv(), torch.rand(H, 1, 1) + 0.5], grads=False, float16=False)
 def temperature_of_each_head(q, k, v, temperature):
     hidden = torch.ones(q.size(-2), k.size(-2), device=q.device).tril() == 0
     cosines = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
     return torch.softmax((cosines / temperature * 4.0).masked_fill(hidden, INF), -1) @ v
 
 
-@form("full", args=lambda: [*qkv(), torch.rand(S, 1) + 0.5], grads=False)
+@form("full", args=lambda: [*qkv(), torch.rand(S, 1) + 0.5], grads=False, float16=False)
 def temperature_of_each_query(q, k, v, temperature):
     return torch.softmax(torch.einsum("bhqd,bhkd->bhqk", q, k) / 4 * temperature, -1) @ v
 

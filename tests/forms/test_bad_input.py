@@ -354,6 +354,15 @@ def test_the_gradient_of_a_tensor_as_scale(learned, dtype):
     assert (site.status, site.reason) == (("fused", None) if exact else ("rejected", Reason.TENSOR_SCALE)), site.verdict
 
 
+def test_a_tensor_as_scale_in_float16():
+    """Queries times a large number are infinite there, and their products with keys need not be."""
+    fn = lambda q, k, v, s: (q @ k.mT * s).softmax(-1) @ v  # noqa: E731
+    q, k, v = (x.half() for x in qkv())
+    args = [q * 100, k * 1e-5, v, torch.tensor(2000.0)]
+    (site,) = same_as_eager(fn, args, grads=False)
+    assert site.reason == Reason.TENSOR_SCALE and fn(*args).isfinite().all()
+
+
 def test_a_tensor_that_scales_more_than_the_product():
     for fn in (
         lambda q, k, v, s: ((q @ k.mT + 1.0 / (1 + q[..., :1])) * s).softmax(-1) @ v,

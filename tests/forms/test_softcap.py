@@ -69,6 +69,26 @@ def test_no_kernel_has_the_gradient_of_a_bias_beside_it(monkeypatch):
     assert (site.status, site.reason) == ("rejected", Reason.SCORE_OP) and "gradient of a bias" in site.detail
 
 
+def test_a_mask_beside_it_has_no_gradient(monkeypatch):
+    """Though it comes from floats, as a bias would."""
+    monkeypatch.setattr(plan, "_not_hopper", lambda device: None)
+
+    def padded(q, k, v, padding):
+        scores = torch.tanh(q @ k.mT / 8) * 2
+        return scores.masked_fill(padding[:, None, None] == 0, torch.finfo(q.dtype).min).softmax(-1) @ v
+
+    padding = (torch.arange(23) < torch.tensor([[23], [17]])).float()
+    compiled, report = fuse(padded)
+    args = qkv()
+    ours, eager, exact = (
+        run(lambda q, k, v, f=f: f(q, k, v, padding.to(q.dtype)), args, dtype)
+        for f, dtype in ((compiled, torch.bfloat16), (padded, torch.bfloat16), (padded, torch.float64))
+    )
+    assert_as_good_as_eager(ours, eager, exact, torch.bfloat16)
+    (site,) = report.sites
+    assert (site.status, site.target) == ("fused", "hopper"), site.verdict
+
+
 def test_sdpa_has_none():
     compiled, report = fuse(gemma)
     compare(compiled, gemma, qkv(), torch.float32, True)

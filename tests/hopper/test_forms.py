@@ -6,6 +6,12 @@ import torch
 from tests.forms import forms
 from tests.forms.harness import assert_as_good_as_eager, fuse, run
 
+FUSED = [
+    pytest.param(form, dtype, id=f"{form.name}-{str(dtype)[6:]}")
+    for form in forms.FORMS
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    if form.reason is None and (form.float16 or dtype != torch.float16)
+]
 hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = pytest.mark.skipif(not hopper, reason="needs an sm_90 GPU")
 
@@ -22,8 +28,7 @@ def on_gpu(args: list) -> list:
     return [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("form", [f for f in forms.FORMS if f.reason is None], ids=lambda f: f.name)
+@pytest.mark.parametrize("form, dtype", FUSED)
 def test_fused(form, dtype):
     compiled, report = fuse(form.fn)
     args = on_gpu(form.args())
@@ -36,8 +41,7 @@ def test_fused(form, dtype):
     assert (site.status, site.mask, site.target) == ("fused", form.mask, target), site.verdict
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("form", [f for f in forms.FORMS if f.reason is None], ids=lambda f: f.name)
+@pytest.mark.parametrize("form, dtype", [case for case in FUSED if case.values[1] != torch.float32])
 def test_fused_for_inference(form, dtype):
     """Without gradients every mask and bias runs on the kernel, whatever its shape and dtype."""
     compiled, report = fuse(form.fn)

@@ -1,20 +1,15 @@
 """The host side of the backward kernel, and its work distribution run as plain Python. No GPU needed."""
 
 import itertools
-import types
 
 import pytest
 import torch
 
+from tests.gluon import as_python
+
 pytest.importorskip("triton")
 
 from fa3_inductor.kernels import backward, backward_kernel  # noqa: E402
-
-
-def as_python(function, program_id=0):
-    """A Gluon function of scalars as a Python function."""
-    gl = types.SimpleNamespace(minimum=min, maximum=max, program_id=lambda axis: program_id)
-    return types.FunctionType(function.fn.__code__, {"gl": gl})
 
 
 @pytest.mark.parametrize("left", [None, -5, 0, 3, 100, 1000], ids=str)

@@ -1,20 +1,15 @@
 """The host side of the forward kernel, and its work distribution run as plain Python. No GPU needed."""
 
 import itertools
-import types
 
 import pytest
 import torch
 
+from tests.gluon import as_python
+
 pytest.importorskip("triton")
 
 from fa3_inductor.kernels import forward, forward_kernel, offline, schedule  # noqa: E402
-
-
-def as_python(function):
-    """A Gluon function of scalars as a Python function."""
-    gl = types.SimpleNamespace(minimum=min, maximum=max)
-    return types.FunctionType(function.fn.__code__, {"gl": gl})
 
 
 @pytest.mark.parametrize("left", [None, -5, 0, 3, 100, 1000], ids=str)
