@@ -8,6 +8,10 @@ matplotlib). Nothing is timed before it has been compared with float64.
 `python -m fa3_inductor.bench backward`: the same for the gradients, with 2.5 times the FLOPs; here `--peers DIR` holds
 the wheels of xformers 0.0.34, which has all of FlashAttention-3 in it, and of nvidia-cuda-runtime-cu12.
 
+`python -m fa3_inductor.bench fp8`: the forward of float8_e4m3fn tensors; "rounding" is the same from BF16 tensors, with
+the rounding counted. `--peers` as for the forward. `python -m fa3_inductor.bench accuracy`: its error on numbers with
+outliers, beside that of other ways to round.
+
 `python -m fa3_inductor.bench features`: what head dims, windows and terms on the scores cost, beside the plain kernel.
 
 `python -m fa3_inductor.bench launch`: microseconds that a call keeps the host busy.
@@ -40,6 +44,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from fa3_inductor import ops  # noqa: F401  (registers the operators)
 from fa3_inductor.kernels.backward import attention_backward
 from fa3_inductor.kernels.forward import attention_forward
+from fa3_inductor.kernels.fp8 import attention_fp8, attention_quantised
+from fa3_inductor.kernels.quantise import signed_hadamard
 from fa3_inductor.kernels.reference import attention_backward_reference, attention_reference
 
 TOKENS, WIDTH = 16384, 2048
@@ -130,7 +136,22 @@ def backward_providers(q, k, v, causal: bool, peers: str | None) -> tuple[dict[s
     return providers, dout
 
 
-PROVIDERS = {"forward": forward_providers, "backward": backward_providers}
+def fp8_providers(q, k, v, causal: bool, peers: str | None) -> tuple[dict[str, Callable[[], tuple]], None]:
+    """The same attention of q, k and v in e4m3, by name; "rounding" starts from BF16, and "BF16" stays there."""
+    options = dict(scale=q.shape[3] ** -0.5, window_right=0 if causal else None)
+    eighths, one = [x.to(torch.float8_e4m3fn) for x in (q, k, v)], torch.ones(1, 1, device="cuda")
+    providers = {
+        "ours": lambda: attention_fp8(*eighths, one, one, one, **options)[:1],
+        "rounding": lambda: attention_quantised(q, k, v, **options)[:1],
+        "BF16": lambda: attention_forward(q, k, v, **options)[:1],
+    }
+    if peers:
+        function, bshd = flash_attention_3(peers), [x.transpose(1, 2) for x in eighths]
+        providers["FA3"] = lambda: (function(*bshd, causal=causal).transpose(1, 2),)
+    return providers, None
+
+
+PROVIDERS = {"forward": forward_providers, "backward": backward_providers, "fp8": fp8_providers}
 
 
 def replay_ms(function: Callable, rep: int = 50) -> float:
@@ -168,7 +189,9 @@ def check(what: str, head_dim: int, causal: bool, names: list[str], peers: str |
     for name, function in providers.items():
         for got, want in zip(function(), exact) if name in names else ():
             error = ((got.double() - want).norm() / want.norm()).item()
-            assert error < 5e-3, f"{name} is wrong: D {head_dim}, causal {causal}, relative error {error}"
+            assert error < (8e-2 if what == "fp8" else 5e-3), (
+                f"{name} is wrong: D {head_dim}, causal {causal}, relative error {error}"
+            )
 
 
 def grid(args: argparse.Namespace) -> list[dict]:
@@ -223,6 +246,41 @@ def plot(rows: list[dict], file: str) -> None:
         axis.set_ylim(bottom=0)
         axis.legend()
     figure.savefig(file, dpi=100)
+
+
+def accuracy(args: argparse.Namespace) -> list[dict]:
+    """RMSE against float64 on N(0, 1) + N(0, 100) * Bernoulli(0.001), as in section 4.3 of FlashAttention-3's paper."""
+    batch, heads, seqlen, head_dim = 1, 16, 4096, 128
+
+    def outliers() -> Tensor:
+        x = torch.randn(batch, heads, seqlen, head_dim, device="cuda")
+        return (x + 10 * torch.randn_like(x) * (torch.rand_like(x) < 0.001)).bfloat16()
+
+    q, k, v = (outliers() for _ in "qkv")
+    one, options = torch.ones(1, 1, device="cuda"), dict(scale=head_dim**-0.5)
+    scales = [(x.abs().amax() / 448).float().view(1, 1) for x in (q, k, v)]
+    by_tensor = [(x / s).to(torch.float8_e4m3fn) for x, s in zip((q, k, v), scales)]
+    matrix = (signed_hadamard(head_dim, 0)[0] / head_dim**0.5).cuda()
+    turned = [(x.float() @ matrix) if x is not v else x.float() for x in (q, k, v)]
+    scales_of_turned = [(x.abs().amax() / 448).view(1, 1) for x in turned]
+    turned = [(x / s).to(torch.float8_e4m3fn) for x, s in zip(turned, scales_of_turned)]
+    cases = {
+        "BF16": lambda: attention_forward(q, k, v, **options),
+        "FP8: block scales, incoherent processing": lambda: attention_quantised(q, k, v, **options),
+        "FP8: block scales": lambda: attention_quantised(q, k, v, **options, seed=None),
+        "FP8: incoherent processing": lambda: attention_fp8(*turned, *scales_of_turned, **options),
+        "FP8: neither (one scale a tensor)": lambda: attention_fp8(*by_tensor, *scales, **options),
+        "FP8: rounded as they are": lambda: attention_fp8(
+            *(x.to(torch.float8_e4m3fn) for x in (q, k, v)), one, one, one, **options
+        ),
+    }
+    exact = attention_reference(*(x.double() for x in (q, k, v)), **options)[0]
+    rows = []
+    for name, function in cases.items():
+        rmse = (function()[0].double() - exact).square().mean().sqrt().item()
+        rows.append(dict(what=name, rmse=rmse))
+        print(f"{name:42} {rmse:.2e}", flush=True)
+    return rows
 
 
 def features(args: argparse.Namespace) -> list[dict]:
@@ -370,15 +428,16 @@ def model(args: argparse.Namespace) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fa3_inductor.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["forward", "backward", "features", "launch", "model"])
+    parser.add_argument("what", choices=["forward", "backward", "fp8", "accuracy", "features", "launch", "model"])
     parser.add_argument("--seqlens", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
-    parser.add_argument("--providers", nargs="+", default=["ours", "FA3", "cuDNN", "FA2", "Flex"])
+    parser.add_argument("--providers", nargs="+", default=["ours", "FA3", "cuDNN", "FA2", "Flex", "rounding", "BF16"])
     parser.add_argument("--peers", metavar="DIR", help="folder with FlashAttention-3's wheels")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there")
     parser.add_argument("--plot", metavar="FILE", help="draw the grid there, as a PNG")
     args = parser.parse_args()
     torch.manual_seed(0)
-    rows = {"forward": grid, "backward": grid, "features": features, "launch": launch, "model": model}[args.what](args)
+    parts = dict.fromkeys(PROVIDERS, grid) | dict(accuracy=accuracy, features=features, launch=launch, model=model)
+    rows = parts[args.what](args)
     if args.json:
         versions = dict(torch=torch.__version__, triton=triton.__version__, cudnn=torch.backends.cudnn.version())
         with open(args.json, "w") as file:

@@ -83,7 +83,12 @@ def parts(head_dim: int) -> tuple[int, ...]:
 
 
 _LOG2E = math.log2(math.e)
-GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+GLUON_DTYPES = {
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+    torch.float32: gl.float32,
+    torch.float8_e4m3fn: gl.float8e4nv,
+}
 
 
 def supports(q_shape, k_shape, v_shape, dtype, *, scale=1.0) -> str | None:
@@ -192,6 +197,26 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
         raise ValueError(f"the operands do not fit together: {shapes}")
 
 
+def check_terms(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, softcap: float | None,
+    sinks: Tensor | None,
+) -> None:  # fmt: skip
+    """Raises ValueError if there are no keys, or for what shapes the scores in a form that no kernel takes."""
+    if not k.shape[2]:
+        raise ValueError("there are no keys")
+    if bias is not None and not bias.is_floating_point():
+        raise ValueError(f"bias is floating point, not {bias.dtype}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask is bool, not {mask.dtype}")
+    if sinks is not None and not (sinks.shape == q.shape[1:2] and sinks.is_floating_point() and sinks.is_contiguous()):
+        raise ValueError(f"sinks are a contiguous [{q.shape[1]}] of floating point")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap is a positive number, not {softcap}")
+    devices = {x.device for x in (q, k, v, bias, mask, sinks) if x is not None}
+    if len(devices) > 1:
+        raise ValueError(f"the operands are on {', '.join(sorted(map(str, devices)))}")
+
+
 _calls: dict = {}
 _ORDER, _OPERANDS = 9, 12  # which arguments of the kernel they are
 _MAX_CALLS = 4096  # by shapes and strides: what a server with ever new lengths may hold on to
@@ -219,21 +244,9 @@ def _prepare(
     q, k, v, *, bias, mask, scale, window_left, window_right, softcap, sinks, seed, dropout_p
 ) -> _Call:  # fmt: skip
     """Checks what `check` has not, and compiles the kernel. Raises ValueError as `attention_forward` says."""
-    if not k.shape[2]:
-        raise ValueError("attention_forward: there are no keys")
-    if bias is not None and not bias.is_floating_point():
-        raise ValueError(f"attention_forward: bias is floating point, not {bias.dtype}")
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"attention_forward: mask is bool, not {mask.dtype}")
-    if sinks is not None and not (sinks.shape == q.shape[1:2] and sinks.is_floating_point() and sinks.is_contiguous()):
-        raise ValueError(f"attention_forward: sinks are a contiguous [{q.shape[1]}] of floating point")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"attention_forward: softcap is a positive number, not {softcap}")
-    if seed is not None and (seed.dtype, seed.shape) != (torch.int64, (1,)):
-        raise ValueError("attention_forward: seed is an int64 [1]")
-    devices = {x.device for x in (q, k, v, bias, mask, sinks, seed) if x is not None}
-    if len(devices) > 1:
-        raise ValueError(f"attention_forward: the operands are on {', '.join(sorted(map(str, devices)))}")
+    check_terms(q, k, v, bias, mask, softcap, sinks)
+    if seed is not None and ((seed.dtype, seed.shape) != (torch.int64, (1,)) or seed.device != q.device):
+        raise ValueError(f"the seed of dropout is an int64 [1] on {q.device}")
     # Tensors of our own: q, k and v may be one tensor now and three at the next call.
     q, k, v = (x.detach() for x in (q, k, v))
     out = output_like(q, v.shape[3])
@@ -241,11 +254,8 @@ def _prepare(
     prepared, find_ranges, ranges, order = None, None, None, ()
     if out.numel():
         if mask is not None:
-            whole = broadcast("mask", mask, (*q.shape[:3], k.shape[2]))
             block_n = tile_for(q.shape[3], v.shape[3], False, q.shape[2], True).block_n
-            ranges = q.new_empty(ranges_shape(whole, ROWS), dtype=torch.int32)
-            grid, args = ranges_arguments(whole, ranges, ROWS, block_n)
-            find_ranges = launch.prepare(ranges_kernel, grid, args, (whole, ranges), {"num_warps": 16})
+            find_ranges, ranges = prepare_ranges(q, k, mask, block_n)
         grid, args = launch_arguments(
             q, k, v, out, lse, scale, window_left, window_right, bias, mask, softcap, sinks, ranges,
             seed, dropout_p,
@@ -262,6 +272,14 @@ def _prepare(
     )
 
 
+def prepare_ranges(q: Tensor, k: Tensor, mask: Tensor, block_n: int) -> tuple[launch.Launch, Tensor]:
+    """What finds the ranges of a mask for blocks of ROWS rows and KV tiles of block_n keys, and room for them."""
+    whole = broadcast("mask", mask, (*q.shape[:3], k.shape[2]))
+    ranges = torch.empty(ranges_shape(whole, ROWS), dtype=torch.int32, device=q.device)
+    grid, args = ranges_arguments(whole, ranges, ROWS, block_n)
+    return launch.prepare(ranges_kernel, grid, args, (whole, ranges), {"num_warps": 16}), ranges
+
+
 def launch_arguments(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, window_left: int | None = None,
     window_right: int | None = None, bias: Tensor | None = None, mask: Tensor | None = None,
@@ -276,40 +294,69 @@ def launch_arguments(
     """
     batch, q_heads, seqlen_q, head_dim = q.shape
     kv_heads, seqlen_k, head_dim_v = v.shape[1:]
-    has_left = window_left is not None and window_left < seqlen_q - 1
-    has_right = window_right is not None and window_right < seqlen_k - 1
-    program, operands = program_of(bias, mask, softcap, (batch, q_heads, seqlen_q, seqlen_k))
+    left, right = clipped(window_left, window_right, seqlen_q, seqlen_k)
+    windowed = left is not None or right is not None
+    score_functions, ranges, operands = score_arguments(
+        bias, mask, softcap, (batch, q_heads, seqlen_q, seqlen_k), ranges
+    )
+    tile = tile or tile_for(head_dim, head_dim_v, windowed, seqlen_q, bool(operands) or seed is not None)
+    ctas, m_tiles, order = schedule(
+        batch * q_heads, seqlen_q, seqlen_k, left, right, tile.consumers * ROWS, tile.block_n, sm_count, q.device
+    )
+    shared_o = tile.shared_o and parts(head_dim)[: len(parts(head_dim_v))] == parts(head_dim_v)
+    return (ctas, 1, 1), (
+        *descriptors(q, ROWS, parts(head_dim)), *descriptors(k, tile.block_n, parts(head_dim)),
+        *descriptors(v, tile.block_n, parts(head_dim_v)), *descriptors(out, ROWS, parts(head_dim_v)),
+        lse, order, sinks, ranges, operands,
+        batch * q_heads * m_tiles, m_tiles, q_heads, q_heads // kv_heads, seqlen_q, seqlen_k, left or 0, right or 0,
+        scale * _LOG2E, seed, threshold(dropout_p), keep_scale(dropout_p),
+        left is not None, right is not None, *score_functions,
+        tile.consumers, STAGES, tile.ping_pong, shared_o, tile.consumer_regs, tile.producer_regs,
+    )  # fmt: skip
+
+
+def clipped(
+    window_left: int | None, window_right: int | None, seqlen_q: int, seqlen_k: int
+) -> tuple[int | None, int | None]:
+    """The window as kernels take it: no further than the scores go, None where it hides nothing."""
+    left = right = None
+    if window_left is not None and window_left < seqlen_q - 1:
+        left = max(window_left, -seqlen_k)
+    if window_right is not None and window_right < seqlen_k - 1:
+        right = max(window_right, -seqlen_q)
+    if left is not None and right is not None and left + right < 0:
+        right = -seqlen_q  # nothing is visible, so that every consumer has the same one tile, all of it masked
+    return left, right
+
+
+def score_arguments(
+    bias: Tensor | None, mask: Tensor | None, softcap: float | None, shape: tuple[int, ...], ranges: Tensor | None
+) -> tuple[tuple, tuple | None, tuple]:
+    """What kernels take for scores of `shape`: LOAD to SCALED, the ranges with their strides, and the operands."""
+    program, operands = program_of(bias, mask, softcap, shape)
     load, apply, scaled = open_load, open_apply, _ = functions(program)
     if ranges is not None:
         steps = (0 if size == 1 else by // ranges.shape[3] for size, by in zip(ranges.shape[:3], ranges.stride()))
         ranges = ranges, *steps
         open_load, open_apply, _ = functions(program.without_mask())
-    tile = tile or tile_for(
-        head_dim, head_dim_v, has_left or has_right, seqlen_q, bool(program.terms) or seed is not None
-    )
-    left = max(window_left, -seqlen_k) if has_left else None
-    right = max(window_right, -seqlen_q) if has_right else None
-    if has_left and has_right and left + right < 0:
-        right = -seqlen_q  # nothing is visible, so that every consumer has the same one tile, all of it masked
-    tile_m = tile.consumers * ROWS
-    m_tiles, heads = -(-seqlen_q // tile_m), batch * q_heads
-    ctas = min(heads * m_tiles, sm_count or multiprocessors(q.device))
+    return (load, apply, open_load, open_apply, scaled), ranges, operands
+
+
+def schedule(
+    heads: int, seqlen_q: int, seqlen_k: int, left: int | None, right: int | None, tile_m: int, block_n: int,
+    sm_count: int | None, device: torch.device,
+) -> tuple[int, int, Tensor | launch.DeviceInts | None]:  # fmt: skip
+    """How many CTAs there are, how many tiles of tile_m rows a head has, and the list of tiles, if they need one."""
+    m_tiles = -(-seqlen_q // tile_m)
+    ctas = min(heads * m_tiles, sm_count or multiprocessors(device))
     order = None
-    if (has_left or has_right) and ctas < heads * m_tiles:
+    if (left is not None or right is not None) and ctas < heads * m_tiles:
         # Two rounds of tiles, and at least four of each head in a round, for keys and values to be in the L2 cache
         # yet. Causal, on an H100, TFLOP/s with sections of 32 MB of keys and values and with these: D 128, S 512, 276
         # and 324; S 1024, 404 and 453; S 4096, 564 and 609.
         section = max(1, min(ctas // 4, 2 * ctas // m_tiles))
-        order = _order(kv_tiles(seqlen_q, seqlen_k, left, right, tile_m, tile.block_n), heads, section, ctas, q.device)
-    shared_o = tile.shared_o and parts(head_dim)[: len(parts(head_dim_v))] == parts(head_dim_v)
-    return (ctas, 1, 1), (
-        *_descriptors(q, ROWS), *_descriptors(k, tile.block_n), *_descriptors(v, tile.block_n),
-        *_descriptors(out, ROWS), lse, order, sinks, ranges, operands,
-        heads * m_tiles, m_tiles, q_heads, q_heads // kv_heads, seqlen_q, seqlen_k, left or 0, right or 0,
-        scale * _LOG2E, seed, threshold(dropout_p), keep_scale(dropout_p),
-        has_left, has_right, load, apply, open_load, open_apply, scaled,
-        tile.consumers, STAGES, tile.ping_pong, shared_o, tile.consumer_regs, tile.producer_regs,
-    )  # fmt: skip
+        order = _order(kv_tiles(seqlen_q, seqlen_k, left, right, tile_m, block_n), heads, section, ctas, device)
+    return ctas, m_tiles, order
 
 
 def kv_tiles(seqlen_q: int, seqlen_k: int, left: int | None, right: int | None, tile_m: int, block_n: int) -> list[int]:
@@ -366,12 +413,12 @@ def addressable(x: Tensor) -> Tensor:
     return x if is_addressable(x) else output_like(x, x.shape[3]).copy_(x)
 
 
-def _descriptors(x: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
+def descriptors(x: Tensor, rows: int, widths: tuple[int, ...]) -> tuple[TensorDescriptor, TensorDescriptor | None]:
     """TMA descriptors of x: [B, H, S, D] for the one or two parts of D, in blocks of `rows` rows."""
     strides = tma_strides(x)
     first, *second = (
         TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, width], shared_layout(rows, width, x.dtype))
-        for width in parts(x.shape[3])
+        for width in widths
     )
     return first, second[0] if second else None
 

@@ -25,6 +25,7 @@ def attention_reference(
     sinks: Tensor | None = None,
     kept: Tensor | None = None,
     keep_scale: float = 1.0,
+    rounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """softmax(cap(scale * q @ k^T) + bias) @ v over the visible keys, with cap(x) = softcap * tanh(x / softcap).
 
@@ -37,6 +38,7 @@ def attention_reference(
         softcap: None for none (Gemma Team, 2024, arXiv:2408.00118, section 2).
         sinks: [Hq], one more score in every row of a head, which has no value.
         kept: bool [B, Hq, Sq, Sk], for dropout: the weights that are kept, which are multiplied by keep_scale.
+        rounded: whether v is weighted with what float8_e4m3fn makes of 2^8 times the weights, as in the FP8 kernel.
 
     Returns:
         out [B, Hq, Sq, Dv] of q's dtype, and lse [B, Hq, Sq], the natural log of the sum of exp of each row's scores,
@@ -54,6 +56,8 @@ def attention_reference(
     if kept is not None:
         whole = torch.nn.functional.pad(kept, (0, weights.shape[-1] - kept.shape[-1]))
         weights = weights * whole * keep_scale
+    if rounded:
+        weights = (weights * 2**8).to(torch.float8_e4m3fn).to(weights.dtype) / 2**8
     out = weights @ _per_query_head(v, q).to(scores.dtype) / total.masked_fill(total == 0, 1.0)
     return out.to(q.dtype), (peak + total.log()).squeeze(-1)
 
@@ -102,6 +106,59 @@ def attention_backward_reference(
     dk = _per_kv_head(dscores.mT @ q.to(scores.dtype), k) * scale
     dv = _per_kv_head(weights.mT @ grad, v)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias
+
+
+def attention_fp8_reference(
+    q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor, bias: Tensor | None = None,
+    mask: Tensor | None = None, *, out_dtype: torch.dtype = torch.bfloat16, **options,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`attention_reference` of q * q_scale, k * k_scale and v * v_scale, with rounded weights.
+
+    Args:
+        q, k, v: float8_e4m3fn, as there.
+        q_scale: broadcastable to [B, Hq]; k_scale, v_scale: to [B, Hkv].
+    """
+    q, k, v = (x.float() * s[..., None, None] for x, s in ((q, q_scale), (k, k_scale), (v, v_scale)))
+    out, lse = attention_reference(q, k, v, bias, mask, rounded=True, **options)
+    return out.to(out_dtype), lse
+
+
+def attention_quantised_reference(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, *, rows: int, keys: int,
+    matrix: Tensor | None = None, **options,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`attention_reference` of q, k and v rounded to float8_e4m3fn, with rounded weights.
+
+    Args:
+        rows, keys: how many rows of q, and of k and v, share a scale.
+        matrix: [size, size], size D at least, a multiple of an orthogonal one: q and k are multiplied by it.
+    """
+    dtype, more = q.dtype, 1.0
+    if matrix is not None:
+        q, k = (torch.nn.functional.pad(x.float(), (0, len(matrix) - x.shape[3])) @ matrix for x in (q, k))
+        more = (matrix[0] @ matrix[0]).item()
+    q, k, v = (_dequantised(*rounded_to_e4m3(x, n), n) for x, n in ((q, rows), (k, keys), (v, keys)))
+    options["scale"] /= more
+    out, lse = attention_reference(q, k, v, bias, mask, rounded=True, **options)
+    return out.to(dtype), lse
+
+
+def rounded_to_e4m3(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """x: [B, H, S, D] in float8_e4m3fn, and the scale of each block of `rows` rows, float32 [B, H, blocks].
+
+    A scale is a 448th of the block's largest number, 2^-60 at least, and 1 if all are zero. Infinities become NaN.
+    """
+    x = x.float().masked_fill(x.isinf(), float("nan"))
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % rows)).unflatten(2, (-1, rows))
+    largest = padded.nan_to_num(0.0).abs().amax((3, 4))
+    scales = (largest / 448.0).clamp_min(2.0**-60).masked_fill(largest == 0, 1.0)
+    rounded = (padded / scales[..., None, None]).to(torch.float8_e4m3fn)
+    return rounded.view(torch.uint8).flatten(2, 3)[:, :, : x.shape[2]].view(torch.float8_e4m3fn), scales
+
+
+def _dequantised(x: Tensor, scales: Tensor, rows: int) -> Tensor:
+    """The inverse of `rounded_to_e4m3`, in float32."""
+    return x.float() * scales.repeat_interleave(rows, 2)[:, :, : x.shape[2], None]
 
 
 def _scores(q, k, bias, mask, scale, window_left, window_right, softcap=None) -> Tensor:

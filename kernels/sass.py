@@ -9,7 +9,7 @@ _INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P(?:\d+|T)\s+)?([^;]
 _BRANCH = re.compile(r"BRA.*`\((\.L_x_\d+)\)")
 # The first register that an instruction writes: its first operand, or the second after a predicate.
 _WRITES = re.compile(r"(?P<opcode>\S+)\s+(?:U?P(?:\d+|T),\s*)*R(?P<register>\d+)\b")
-_HGMMA = re.compile(r"HGMMA\.64x(?P<n>\d+)x\S+ R\d+, (?:R(?P<a>\d+)\S*, )?gdesc")
+_PRODUCT = re.compile(r"[HQ]GMMA\.64x(?P<n>\d+)x\S+ R\d+, (?:R(?P<a>\d+)\S*, )?gdesc")
 _READS_ONLY = (
     "ST",
     "BAR",
@@ -56,7 +56,7 @@ def loop_spills(code: Code) -> int:
         start = code.labels.get(branch.group(1), end + 1) if branch else end + 1
         if start <= end:
             loops.append((start, end))
-    products = [i for i, text in enumerate(code.instructions) if text.startswith("HGMMA")]
+    products = [i for i, text in enumerate(code.instructions) if text.startswith(("HGMMA", "QGMMA"))]
     around = collections.Counter(
         min((b - a, a, b) for a, b in loops if a <= i <= b)[1:] for i in products if any(a <= i <= b for a, b in loops)
     )
@@ -70,7 +70,7 @@ def loop_spills(code: Code) -> int:
 def early_writes(code: Code) -> list[str]:
     """Instructions that write to the left operand of a matrix product which may not have read it yet.
 
-    An HGMMA with its left operand in registers reads them after it was issued, up to the WARPGROUP.DEPBAR that waits
+    One with its left operand in registers reads them after it was issued, up to the WARPGROUP.DEPBAR that waits
     for its group. ptxas 12.8 and 12.9 have been seen to use such registers for something else before that
     (triton-lang/triton#11781); a kernel for which this list is not empty must not be shipped.
     """
@@ -85,7 +85,7 @@ def early_writes(code: Code) -> list[str]:
         written = _written(text)
         if any(written & operands for operands in (*in_flight, group)):
             found.append(text)
-        if product := _HGMMA.match(text):
+        if product := _PRODUCT.match(text):
             if product["a"]:
                 group |= set(range(int(product["a"]), int(product["a"]) + _A_REGISTERS))
             if "gsb0" in text:
@@ -102,7 +102,7 @@ def _written(text: str) -> set[int]:
     if write is None or write["opcode"].startswith(_READS_ONLY) or "SETP" in write["opcode"]:
         return set()
     opcode, first = write["opcode"], int(write["register"])
-    if product := _HGMMA.match(text):
+    if product := _PRODUCT.match(text):
         count = int(product["n"]) // 2
     elif ".128" in opcode or re.match(r"LDSM.*\.4$", opcode):
         count = 4

@@ -212,4 +212,4 @@ def test_copies_only_what_tma_cannot_address(name):
     got = forward.addressable(x)
     assert (got is x) == addressable
     assert got.shape == x.shape and got.stride(3) == 1 and got.data_ptr() % 16 == 0
-    forward._descriptors(got, 64)  # asserts what TMA asks for
+    forward.descriptors(got, 64, forward.parts(got.shape[3]))  # asserts what TMA asks for

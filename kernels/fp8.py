@@ -1,0 +1,335 @@
+"""Attention forward on Hopper (sm_90a) with float8_e4m3fn operands: tile tables, what the kernel takes, and its launch.
+
+`fp8_kernel.py` is the device code, `quantise.py` makes its operands, and `reference.py` is the specification.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime import driver
+
+from fa3_inductor.kernels import forward, launch, output_like
+from fa3_inductor.kernels.forward import ROWS, addressable, is_addressable, key_of, shared_layout
+from fa3_inductor.kernels.fp8_kernel import fp8_kernel
+from fa3_inductor.kernels.quantise import (
+    matrix_columns,
+    orthogonal,
+    rows_arguments,
+    rows_kernel,
+    values_arguments,
+    values_kernel,
+)
+
+_LOG2E = math.log2(math.e)
+E4M3 = torch.float8_e4m3fn
+STAGES = 2  # K tiles, and V tiles, in shared memory
+MULTIPLE = 16  # of keys, to which the transposed V is padded: the alignment of its rows
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one configuration of the FP8 kernel cuts up the work."""
+
+    block_n: int  # keys per tile, and per block of K and V that shares a scale
+    consumers: int  # warp groups of ROWS query rows each
+    consumer_regs: int
+    producer_regs: int
+
+
+# (largest head_dim of q, k and v, tile, tile with terms on the scores): the first that is large enough.
+TILES = (
+    (64, Tile(128, 3, 160, 32), Tile(128, 2, 240, 24)),
+    (128, Tile(128, 3, 160, 32), Tile(128, 2, 240, 24)),
+    (256, Tile(128, 2, 240, 24), Tile(64, 2, 240, 24)),
+)
+
+
+def tile_for(head_dim: int, head_dim_v: int, with_terms: bool = False) -> Tile:
+    """The table's configuration for a problem."""
+    _, plain, with_them = next(row for row in TILES if max(head_dim, head_dim_v) <= row[0])
+    return with_them if with_terms else plain
+
+
+def parts(head_dim: int, largest: int = 256) -> tuple[int, ...]:
+    """The powers of two, 32 at least and two at most, that a head_dim is cut into; their sum may be larger."""
+    first = min(largest, max(32, 1 << (head_dim.bit_length() - 1)))
+    rest = head_dim - first
+    if rest <= 0:
+        return (first,)
+    second = max(32, 1 << (rest - 1).bit_length())
+    return (first, second) if second < first or first == largest else (2 * first,)
+
+
+# P @ V has registers of its own beside O's: those of 128 columns.
+LARGEST_OF_V = 128
+
+
+def supports(q_shape, k_shape, v_shape, *, scale=1.0, quantised: bool = False) -> str | None:
+    """None if `attention_fp8` computes this attention (`attention_quantised`, if quantised), else why not.
+
+    Args:
+        q_shape, k_shape, v_shape: as for `forward.supports`.
+    """
+    if problem := forward.supports(q_shape, k_shape, v_shape, torch.bfloat16, scale=scale):
+        return problem
+    if not quantised and q_shape[3] % 16:
+        return f"the FP8 kernel has head_dim 16, 32, ... {forward.MAX_HEAD_DIM}, not {q_shape[3]}"
+    return None
+
+
+def attention_fp8(
+    q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor, bias: Tensor | None = None,
+    mask: Tensor | None = None, *, scale: float, window_left: int | None = None, window_right: int | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`attention_forward` of q * q_scale, k * k_scale and v * v_scale, on a Hopper GPU.
+
+    Args:
+        q: [B, Hq, Sq, D], float8_e4m3fn, D a multiple of 16 up to 256, on CUDA.
+        k: [B, Hkv, Sk, D]; v: [B, Hkv, Sk, Dv], Dv a multiple of 8 up to 256.
+        q_scale: float32, broadcastable to [B, Hq]; k_scale, v_scale: to [B, Hkv].
+        out_dtype: BF16 or FP16.
+
+    The others are those of `attention_forward`. Products are summed up in float32, weights rounded to e4m3. v is
+    transposed first, which takes as long as reading and writing it.
+
+    Raises:
+        ValueError: with the sentence of `supports`, or if the operands do not fit together.
+
+    Returns:
+        out [B, Hq, Sq, Dv] of out_dtype, as `output_like` has it, and lse as `attention_forward`.
+    """
+    if not all(x.dtype == E4M3 for x in (q, k, v)):
+        raise ValueError(f"attention_fp8: q, k and v are {E4M3}, not {q.dtype}, {k.dtype} and {v.dtype}")
+    if not all(map(is_addressable, (q, k, v))):
+        q, k, v = map(addressable, (q, k, v))
+    scales = []
+    for name, x, heads in (("q", q_scale, q.shape[1]), ("k", k_scale, k.shape[1]), ("v", v_scale, v.shape[1])):
+        try:
+            scales.append(x.expand(q.shape[0], heads).unsqueeze(2))
+        except RuntimeError:
+            raise ValueError(
+                f"attention_fp8: {name}_scale {list(x.shape)} does not broadcast to [{q.shape[0]}, {heads}]"
+            ) from None
+        if x.dtype != torch.float32:
+            raise ValueError(f"attention_fp8: {name}_scale is float32, not {x.dtype}")
+    options = dict(
+        scale=scale, window_left=window_left, window_right=window_right, softcap=softcap, sinks=sinks, bias=bias,
+        mask=mask,
+    )  # fmt: skip
+    call = _call(q, k, v, scales, out_dtype, None, **options)
+    values = _transposed_like(v)
+    if call.launch is not None:
+        call.values(driver.active.get_current_stream(call.device), v.data_ptr(), values.data_ptr())
+    return _run(call, (q, k, values, *scales), bias, mask, sinks)
+
+
+def attention_quantised(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, *, scale: float,
+    window_left: int | None = None, window_right: int | None = None, softcap: float | None = None,
+    sinks: Tensor | None = None, seed: int | None = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`attention_forward` with q, k and v rounded to float8_e4m3fn first, on a Hopper GPU.
+
+    Args:
+        q, k, v: as for `attention_forward`; its other arguments too.
+        seed: of the random signs of incoherent processing, by which q and k are multiplied with one orthogonal matrix;
+            None leaves it out.
+
+    Each 64 queries of a head, and as many keys as the kernel's tile has (64 to 256), share a scale; each of v too. An
+    infinity counts as NaN.
+
+    Raises:
+        ValueError: with the sentence of `supports`, or if the operands do not fit together.
+
+    Returns:
+        out [B, Hq, Sq, Dv] of q's dtype, as `output_like` has it, and lse as `attention_forward`.
+    """
+    if not all(x.stride(3) == 1 for x in (q, k, v)):
+        q, k, v = map(addressable, (q, k, v))
+    options = dict(
+        scale=scale, window_left=window_left, window_right=window_right, softcap=softcap, sinks=sinks, bias=bias,
+        mask=mask,
+    )  # fmt: skip
+    call = _call(q, k, v, None, q.dtype, seed, **options)
+    buffers = _buffers(q, k, v, call.tile, 0 if seed is None else matrix_columns(q.shape[3]))
+    if call.launch is not None:
+        q8, k8, v8, q_scales, k_scales, v_scales = (x.data_ptr() for x in buffers)
+        stream = driver.active.get_current_stream(call.device)
+        call.rows[0](stream, q.data_ptr(), q8, q_scales, *call.matrix)
+        call.rows[1](stream, k.data_ptr(), k8, k_scales, *call.matrix)
+        call.values(stream, v.data_ptr(), v8, v_scales)
+    return _run(call, buffers, bias, mask, sinks)
+
+
+class _Call(NamedTuple):
+    """One problem with everything settled but the addresses; like the forward's, it holds no tensor."""
+
+    launch: launch.Launch | None  # None: there is nothing to compute
+    rows: tuple[launch.Launch, ...]  # of q and k, if they are to be rounded
+    matrix: tuple[int, ...]  # the address of their orthogonal matrix, if there is one
+    values: launch.Launch | None
+    find_ranges: launch.Launch | None
+    ranges_shape: tuple[int, ...]
+    order: tuple[int, ...]  # the address of the list of tiles, if there is one
+    tile: Tile
+    device: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+_calls: dict = {}
+_MAX_CALLS = 4096
+
+
+def _call(q, k, v, scales, out_dtype, seed, *, bias, mask, sinks, **options) -> _Call:
+    """What is settled for such a problem; `scales` is None if q, k and v are to be rounded."""
+    beside = tuple(None if x is None else key_of(x) for x in (bias, mask, sinks, *(scales or ())))
+    key = (*map(key_of, (q, k, v)), beside, out_dtype, seed, *options.values())
+    call = _calls.get(key)
+    if call is None or call.device != torch.cuda.current_device():
+        with torch.cuda.device(q.device):
+            call = _prepare(q, k, v, scales, out_dtype, seed, bias=bias, mask=mask, sinks=sinks, **options)
+        if len(_calls) >= _MAX_CALLS:
+            _calls.clear()
+        _calls[key] = call
+    return call
+
+
+def _prepare(
+    q, k, v, scales, out_dtype, seed, *, bias, mask, sinks, scale, window_left, window_right, softcap
+) -> _Call:  # fmt: skip
+    if problem := supports(q.shape, k.shape, v.shape, scale=abs(scale), quantised=scales is None):
+        raise ValueError(problem)
+    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3]:
+        shapes = ", ".join(f"{name} {list(x.shape)}" for name, x in zip("qkv", (q, k, v)))
+        raise ValueError(f"the operands do not fit together: {shapes}")
+    if out_dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"the FP8 kernel's result is bfloat16 or float16, not {out_dtype}")
+    forward.check_terms(q, k, v, bias, mask, softcap, sinks)
+    q, k, v = (x.detach() for x in (q, k, v))  # tensors of our own: they may be one now and not at the next call
+    out = output_like(q, v.shape[3], out_dtype)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    tile = tile_for(q.shape[3], v.shape[3], any(x is not None for x in (bias, mask, softcap)))
+    settled = tile, q.get_device(), out.shape, out.stride(), out_dtype
+    if not out.numel():
+        return _Call(None, (), (), None, None, (), (), *settled)
+    rows, matrix, address = (), None, ()
+    if scales is None:
+        columns = 0
+        if seed is not None:
+            columns = matrix_columns(q.shape[3])
+            matrix = orthogonal(columns, q.dtype, q.get_device(), seed)
+            address = (matrix.data_ptr(),)
+            scale /= columns
+        q8, k8, values, *scales = _buffers(q, k, v, tile, columns)
+        for x, to, of, size in ((q, q8, scales[0], ROWS), (k, k8, scales[1], tile.block_n)):
+            grid, args, options = rows_arguments(x, to, of, matrix, size)
+            tensors = (x, to, of, *(() if matrix is None else (matrix,)))
+            rows += (launch.prepare(rows_kernel, grid, args, tensors, options),)
+        q, k = q8, k8
+    else:
+        values = _transposed_like(v)
+    of_v = scales[2] if rows else None
+    grid, args, options = values_arguments(v, values, of_v, tile.block_n)
+    to_values = launch.prepare(
+        values_kernel, grid, args, tuple(x for x in (args[0], args[1], of_v) if x is not None), options
+    )
+    find_ranges = ranges = None
+    if mask is not None:
+        find_ranges, ranges = forward.prepare_ranges(q, k, mask, tile.block_n)
+    grid, args = launch_arguments(
+        q, k, values, out, lse, scales, scale, window_left, window_right, bias, mask, softcap, sinks, ranges, tile=tile
+    )
+    order = args[forward._ORDER]
+    terms = (*(operand for operand, *_ in args[forward._OPERANDS]), sinks)
+    tensors = tuple(x for x in (q, k, values, *scales, out, lse, *terms, order, ranges) if x is not None)
+    main = launch.prepare(fp8_kernel, grid, args, tensors, {"num_warps": 4})
+    order = () if order is None else (order.data_ptr(),)
+    shape = () if ranges is None else ranges.shape
+    return _Call(main, rows, address, to_values, find_ranges, shape, order, *settled)
+
+
+def _transposed_like(v: Tensor) -> Tensor:
+    """Room for v: [B, Hkv, Sk, Dv] as [B, Hkv, Dv, padded Sk]."""
+    batch, heads, seqlen, head_dim = v.shape
+    padded = -(-seqlen // MULTIPLE) * MULTIPLE
+    return torch.empty((batch, heads, head_dim, padded), dtype=E4M3, device=v.device)
+
+
+def _buffers(q: Tensor, k: Tensor, v: Tensor, tile: Tile, columns: int) -> tuple[Tensor, ...]:
+    """Room for q, k and v in e4m3, `columns` wide if that is not 0, and for the scales of their blocks."""
+    width = columns or -(-q.shape[3] // 16) * 16
+    rounded = (torch.empty((*x.shape[:3], width), dtype=E4M3, device=q.device) for x in (q, k))
+    blocks = (
+        torch.empty((*x.shape[:2], -(-x.shape[2] // size)), dtype=torch.float32, device=q.device)
+        for x, size in ((q, ROWS), (k, tile.block_n), (v, tile.block_n))
+    )
+    return *rounded, _transposed_like(v), *blocks
+
+
+def launch_arguments(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scales: list[Tensor], scale: float,
+    window_left: int | None = None, window_right: int | None = None, bias: Tensor | None = None,
+    mask: Tensor | None = None, softcap: float | None = None, sinks: Tensor | None = None,
+    ranges: Tensor | None = None, *, tile: Tile, sm_count: int | None = None,
+) -> tuple[tuple[int, int, int], tuple]:  # fmt: skip
+    """The grid and the arguments of the kernel.
+
+    Args:
+        v: of the values kernel, [B, Hkv, Dv, padded Sk].
+        scales: float32, of q [B, Hq, blocks of ROWS], of k and v [B, Hkv, blocks of the tile's block_n]; or one block.
+    """
+    batch, q_heads, seqlen_q, head_dim = q.shape
+    kv_heads, seqlen_k = k.shape[1:3]
+    head_dim_v = v.shape[2]
+    left, right = forward.clipped(window_left, window_right, seqlen_q, seqlen_k)
+    functions, ranges, operands = forward.score_arguments(
+        bias, mask, softcap, (batch, q_heads, seqlen_q, seqlen_k), ranges
+    )
+    ctas, m_tiles, order = forward.schedule(
+        batch * q_heads, seqlen_q, seqlen_k, left, right, tile.consumers * ROWS, tile.block_n, sm_count, q.device
+    )
+    q_scale, k_scale, v_scale = ((x, *x.stride()[:2]) for x in scales)
+    has_blocks = any(x.shape[2] > 1 for x in scales)
+    q_by_block = 1 if has_blocks else 0
+    widths, widths_v = parts(head_dim), parts(head_dim_v, LARGEST_OF_V)
+    return (ctas, 1, 1), (
+        *forward.descriptors(q, ROWS, widths), *forward.descriptors(k, tile.block_n, widths),
+        *_transposed_descriptors(v, tile.block_n, widths_v), *forward.descriptors(out, ROWS, widths_v),
+        lse, order, sinks, ranges, operands, q_scale, q_by_block, k_scale, v_scale,
+        batch * q_heads * m_tiles, m_tiles, q_heads, q_heads // kv_heads, seqlen_q, seqlen_k, left or 0, right or 0,
+        scale * _LOG2E, left is not None, right is not None, *functions, has_blocks,
+        tile.consumers, STAGES, tile.consumer_regs, tile.producer_regs,
+    )  # fmt: skip
+
+
+def _transposed_descriptors(v: Tensor, keys: int, widths: tuple[int, ...]):
+    first, *second = (
+        TensorDescriptor(v, list(v.shape), [*v.stride()[:3], 1], [1, 1, width, keys], shared_layout(width, keys, E4M3))
+        for width in widths
+    )
+    return first, second[0] if second else None
+
+
+def _run(call: _Call, operands: tuple[Tensor, ...], bias, mask, sinks) -> tuple[Tensor, Tensor]:
+    """Attention of q, k and the transposed v with their scales, all of them `operands`."""
+    q = operands[0]
+    out = torch.empty_strided(call.shape, call.stride, dtype=call.dtype, device=q.device)
+    lse = torch.empty(call.shape[:3], dtype=torch.float32, device=q.device)
+    if call.launch is not None:
+        stream = driver.active.get_current_stream(call.device)
+        terms = [x.data_ptr() for x in (bias, mask, sinks) if x is not None]
+        ranges = ()
+        if call.find_ranges is not None:
+            found = torch.empty(call.ranges_shape, dtype=torch.int32, device=q.device)
+            ranges = (found.data_ptr(),)
+            call.find_ranges(stream, mask.data_ptr(), *ranges)
+        addresses = (x.data_ptr() for x in (*operands, out, lse))
+        call.launch(stream, *addresses, *terms, *call.order, *ranges)
+    return out, lse

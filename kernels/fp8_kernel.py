@@ -1,0 +1,339 @@
+"""Attention forward on Hopper (sm_90a) with q, k and v in float8_e4m3fn: the device code. `fp8.py` is its host side.
+
+As in `forward_kernel.py` one producer warp brings tiles in and two or three consumer warp groups own 64 query rows
+each. A consumer does a tile's products and its softmax one after the other; what overlaps them is the other consumers.
+Each P @ V goes into an accumulator of its own and is added to O in float32, for the tensor core adds 8-bit products up
+with some 14 bits: the error does not grow with the number of keys, and the addition costs what rescaling O does anyway.
+
+8-bit operands have to lie along the dimension that is summed over, so V comes transposed, [B, Hkv, Dv, Sk] (by
+`quantise.py`), and inside each 16 keys in the order in which a thread holds weights: then these are an operand as they
+are. Weights are multiplied by 2^8, which makes the most of e4m3's range; FlashAttention-3 does so too (Shah et al.,
+2024, arXiv:2407.08608, section 3.3, and its source).
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fa3_inductor.kernels.forward_kernel import (
+    K_EMPTY,
+    LN2,
+    LOG2E,
+    ROWS,
+    V_EMPTY,
+    _arrive,
+    _at,
+    _barriers,
+    _full_end,
+    _kv_range,
+    _load_terms,
+    _mask_tile,
+    _number,
+    _parts,
+    _produce,
+    _rescale,
+    _rescale_parts,
+    _ring,
+    _row_sums,
+    _score,
+    _skip,
+    _steps,
+    _store,
+)
+
+SHIFT = gl.constexpr(8.0)  # weights are at most 2^SHIFT; e4m3 ends at 448
+
+
+@gluon.jit
+def _scales_of(scales, batch, head):
+    """Where the scales of a head's blocks begin."""
+    ptr, by_batch, by_head = scales
+    return ptr + (batch.to(gl.int64) * by_batch + head * by_head)
+
+
+@gluon.jit
+def _reciprocal(x):
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], gl.float32, True, 1)
+
+
+@gluon.jit
+def _softmax(s, m_i, scale):
+    """2^SHIFT times exp2 of the scaled scores less their running maximum, that maximum, and the factor for O so far."""
+    m_new = gl.maximum(m_i, gl.max(s, 1) * scale)
+    # A row that has seen no key yet: exp2(-inf - 0) = 0 instead of exp2(-inf + inf) = NaN.
+    base = gl.where(m_new == float("-inf"), 0.0, m_new)
+    return gl.exp2(s * scale - (base - SHIFT)[:, None]), m_new, gl.exp2(m_i - base)
+
+
+@gluon.jit
+def _operand(weights, layout: gl.constexpr):
+    """float32 [M, N] -> e4m3, keys in V's order, as a matrix product's left operand.
+
+    A thread holds columns 8j + 2c + e and is to hold 16h + 4c + 2i + e (j = 2h + i): its own, in another order.
+    """
+    p = weights.reshape([weights.shape[0], weights.shape[1] // 16, 2, 4, 2])
+    p = gl.permute(p, (0, 1, 3, 2, 4)).reshape(weights.shape)
+    p = gl.inline_asm_elementwise(
+        """{ .reg .b16 low, high;
+        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+        mov.b32 $0, {low, high}; }""",
+        "=r,r,r,r,r", [p], gl.int8, True, 4,
+    )  # fmt: skip
+    return gl.convert_layout(p.to(gl.float8e4nv, bitcast=True), layout, assert_trivial=True)
+
+
+@gluon.jit
+def _add_product(o, factor, p, v, MORE: gl.constexpr):
+    """o * factor + p @ v^T, v: [Dv, N]; MORE: another such product follows."""
+    layout: gl.constexpr = o.type.layout
+    p = gl.convert_layout(p, gl.DotOperandLayout(0, layout, 4), assert_trivial=True)
+    zero = gl.zeros(o.shape, gl.float32, layout)
+    pv = warpgroup_mma(p, v.permute((1, 0)), zero, use_acc=False, is_async=True)
+    pv = warpgroup_mma_wait(0, [pv])
+    o = _rescale(o, factor) + pv
+    if MORE:
+        # Waiting for nothing keeps the sum in front of the next product: else the registers of both are needed at once,
+        # of which 3.6 KB spilled at 256 columns.
+        o = warpgroup_mma_wait(0, [o])
+    return o
+
+
+@gluon.jit
+def _kv_loop(
+    o, l_i, m_i, now, it, tile, stop, place, scale, k_scales, v_scales, flip, q, k_smem, v_smem, k_full, v_full,
+    operands, window,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    LOAD: gl.constexpr, APPLY: gl.constexpr, SCALED: gl.constexpr, BLOCKS: gl.constexpr,
+    s_layout: gl.constexpr, p_layout: gl.constexpr,
+):  # fmt: skip
+    """KV tiles tile - 1 down to stop. `now` holds the scales of K and V of the first, and of V of the one before."""
+    BLOCK_N: gl.constexpr = s_layout.instr_shape[1]
+    THREADS: gl.constexpr = 128 * CONSUMERS + 32
+    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
+    for i in range(stop, tile):
+        slot = it % STAGES
+        phase = (it // STAGES) & 1
+        at = tile - 1 - (i - stop)
+        mbarrier.wait(k_full.index(slot), phase)
+        s = _score(q, _at(k_smem, slot), zero)
+        tile_scale = scale
+        ratio = 1.0
+        if BLOCKS:  # the next tile's are read in time
+            k_scale, v_scale, v_before = now
+            below = gl.maximum(at - 1, 0)
+            now = (gl.load(k_scales + below), gl.load(v_scales + below), v_scale)
+            tile_scale = scale * k_scale
+            ratio = v_before * _reciprocal(v_scale)
+        if APPLY is not None:
+            terms = _load_terms(LOAD, operands, place, at * BLOCK_N, window, s_layout, MASKED)
+        s = warpgroup_mma_wait(0, [s])
+        _arrive(K_EMPTY + slot, THREADS)
+        if not BLOCKS:
+            if flip:
+                s = 0.0 - s
+        if APPLY is not None:
+            s = APPLY(s, tile_scale, terms)
+        if MASKED:
+            s = _mask_tile(s, place[2], at * BLOCK_N, window, LEFT, RIGHT, s_layout)
+        weights, m_i, alpha = _softmax(s, m_i, 1.0 if SCALED else tile_scale)
+        l_i = _rescale(l_i, alpha) + _row_sums(weights)
+        p = _operand(weights, p_layout)
+        if BLOCKS:
+            alpha *= ratio  # O is in units of the tile's scale
+        mbarrier.wait(v_full.index(slot), phase)
+        v = _at(v_smem, slot)
+        if len(o) == 1:
+            o = (_add_product(o[0], alpha, p, v[0], False),)
+        else:
+            o = (_add_product(o[0], alpha, p, v[0], True), _add_product(o[1], alpha, p, v[1], False))
+        _arrive(V_EMPTY + slot, THREADS)
+        it += 1
+    return o, l_i, m_i, now, it
+
+
+@gluon.jit
+def _consume(
+    args, WG: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, LEFT: gl.constexpr,
+    RIGHT: gl.constexpr, SINKS: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
+    OPEN_APPLY: gl.constexpr, SCALED: gl.constexpr, BLOCKS: gl.constexpr,
+):  # fmt: skip
+    """Consumer warp group number WG: its ROWS rows of every tile."""
+    o_descs, lse_ptr, sinks_ptr, operands, q_smem, o_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full = args[:12]
+    work, window, ranges, scale, q_scales, q_by_block, k_scales, v_scales = args[12:]
+    order_ptr, tiles, m_tiles, q_heads, group = work
+    seqlen_q, seqlen_k, left, right = window
+    DV: gl.constexpr = o_descs[0].block_type.shape[3]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 32])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 32])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 4)
+    rows_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    q = _at(q_smem, WG)
+    it = 0
+    steps = _steps(work)
+    number = _number(0, work)
+    for step in range(steps):
+        m_tile = number % m_tiles
+        flat = number // m_tiles
+        number = _number(gl.minimum(step + 1, steps - 1), work)  # of the next one, in time
+        batch = flat // q_heads
+        head = flat % q_heads
+        row0 = (m_tile * CONSUMERS + WG) * ROWS
+        place = (batch, head, row0)
+        first, stop, tile_first, tile_stop = _kv_range(place, window, ranges, WG, CONSUMERS, BLOCK_N, LEFT, RIGHT)
+        it = _skip(it, tile_stop - stop, k_full, v_full, WG, CONSUMERS, STAGES, False)
+
+        block = gl.minimum(row0, seqlen_q - 1) // ROWS
+        tile_scale = scale * gl.load(_scales_of(q_scales, batch, head) + block * q_by_block)
+        of_k = _scales_of(k_scales, batch, head // group)
+        of_v = _scales_of(v_scales, batch, head // group)
+        flip = False
+        if BLOCKS:
+            v_scale = gl.load(of_v + (stop - 1))
+            now = (gl.load(of_k + (stop - 1)), v_scale, v_scale)
+        else:
+            v_scale = gl.load(of_v)
+            now = (v_scale, v_scale, v_scale)
+            tile_scale *= gl.load(of_k)
+            flip = tile_scale < 0.0
+            tile_scale = gl.maximum(tile_scale, -tile_scale)
+            tile_scale = gl.where(tile_scale == 0.0, 1e-30, tile_scale)  # -inf * 0 is NaN
+        m_i = gl.full([ROWS], float("-inf"), gl.float32, rows_layout)
+        l_i = _row_sums(gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout))
+        if len(o_descs) == 1:
+            o = (gl.zeros([ROWS, DV], gl.float32, o_layout),)
+        else:
+            DV2: gl.constexpr = o_descs[1].block_type.shape[3]
+            o2_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV2, 32])
+            o = (gl.zeros([ROWS, DV], gl.float32, o_layout), gl.zeros([ROWS, DV2], gl.float32, o2_layout))
+        mbarrier.wait(q_full.index(WG), step & 1)
+
+        # Downwards from the last: tiles at an edge, tiles in which nothing is hidden, tiles at the other edge.
+        open_stop = gl.minimum(stop, seqlen_k // BLOCK_N)
+        if RIGHT:
+            open_stop = gl.minimum(open_stop, gl.maximum(gl.minimum(row0 + right + 1, seqlen_k), 0) // BLOCK_N)
+        if ranges is not None:
+            open_stop = gl.minimum(open_stop, _full_end(place, window, ranges, 3))
+        open_stop = gl.maximum(open_stop, first)
+        o, l_i, m_i, now, it = _kv_loop(
+            o, l_i, m_i, now, it, stop, open_stop, place, tile_scale, of_k, of_v, flip,
+            q, k_smem, v_smem, k_full, v_full, operands, window,
+            CONSUMERS, STAGES, True, LEFT, RIGHT, LOAD, APPLY, SCALED, BLOCKS, s_layout, p_layout,
+        )  # fmt: skip
+        open_first = first
+        if LEFT:
+            low = gl.maximum(gl.minimum(row0 + ROWS, seqlen_q) - 1 - left, 0)
+            open_first = gl.maximum(open_first, (low + BLOCK_N - 1) // BLOCK_N)
+        if ranges is not None:
+            open_first = gl.maximum(open_first, _full_end(place, window, ranges, 2))
+        if LEFT or ranges is not None:
+            open_first = gl.minimum(open_first, open_stop)
+        o, l_i, m_i, now, it = _kv_loop(
+            o, l_i, m_i, now, it, open_stop, open_first, place, tile_scale, of_k, of_v, flip,
+            q, k_smem, v_smem, k_full, v_full, operands, window,
+            CONSUMERS, STAGES, False, LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY, SCALED, BLOCKS, s_layout, p_layout,
+        )  # fmt: skip
+        if LEFT or ranges is not None:
+            o, l_i, m_i, now, it = _kv_loop(
+                o, l_i, m_i, now, it, open_first, first, place, tile_scale, of_k, of_v, flip,
+                q, k_smem, v_smem, k_full, v_full, operands, window,
+                CONSUMERS, STAGES, True, LEFT, RIGHT, LOAD, APPLY, SCALED, BLOCKS, s_layout, p_layout,
+            )  # fmt: skip
+        mbarrier.arrive(q_empty.index(WG), count=1)
+        it = _skip(it, first - tile_first, k_full, v_full, WG, CONSUMERS, STAGES, False)
+
+        total = gl.convert_layout(gl.sum(l_i, 1), rows_layout, assert_trivial=True)
+        top = m_i - SHIFT
+        factor = gl.full([ROWS], 1.0, gl.float32, rows_layout)
+        if SINKS:
+            sink = gl.load(sinks_ptr + head).to(gl.float32) * LOG2E
+            peak = gl.maximum(top, sink)
+            peak = gl.where(peak == float("-inf"), 0.0, peak)
+            factor = gl.exp2(top - peak)
+            total = total * factor + gl.exp2(sink - peak)
+            top = peak
+        lse = (top + gl.log2(total)) * LN2
+        rows = row0 + gl.arange(0, ROWS, rows_layout)
+        gl.store(lse_ptr + flat.to(gl.int64) * seqlen_q + rows, lse, mask=rows < seqlen_q)
+        o = _rescale_parts(o, factor * now[2] / gl.where(total == 0.0, 1.0, total))
+        tma.store_wait(0)
+        _store(o_descs, o, o_smem, WG, batch, head, row0)
+    tma.store_wait(0)
+
+
+@gluon.jit(
+    do_not_specialize=["tiles", "m_tiles", "q_heads", "group", "seqlen_q", "seqlen_k", "left", "right", "q_by_block"],
+    do_not_specialize_on_alignment=["sinks_ptr"],
+)  # fmt: skip
+def fp8_kernel(
+    q_desc, q_desc2, k_desc, k_desc2, v_desc, v_desc2, o_desc, o_desc2, lse_ptr, order_ptr, sinks_ptr, ranges, operands,
+    q_scales, q_by_block, k_scales, v_scales, tiles, m_tiles, q_heads, group, seqlen_q, seqlen_k, left, right, scale,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
+    OPEN_APPLY: gl.constexpr, SCALED: gl.constexpr, BLOCKS: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+):  # fmt: skip
+    BLOCK_N: gl.constexpr = k_desc.block_type.shape[2]
+    q_descs = _parts(q_desc, q_desc2)
+    k_descs = _parts(k_desc, k_desc2)
+    v_descs = _parts(v_desc, v_desc2)
+    o_descs = _parts(o_desc, o_desc2)
+    q_smem = _ring(q_descs, CONSUMERS)
+    k_smem = _ring(k_descs, STAGES)
+    v_smem = _ring(v_descs, STAGES)
+    o_smem = _ring(o_descs, CONSUMERS)
+    q_full = _barriers(CONSUMERS)
+    q_empty = _barriers(CONSUMERS)
+    k_full = _barriers(STAGES)
+    v_full = _barriers(STAGES)
+    fence_async_shared()
+
+    work = (order_ptr, tiles, m_tiles, q_heads, group)
+    window = (seqlen_q, seqlen_k, left, right)
+    produce = (q_descs, k_descs, v_descs, q_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full, work, window, ranges)
+    consume = (
+        o_descs, lse_ptr, sinks_ptr, operands, q_smem, o_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full,
+        work, window, ranges, scale, q_scales, q_by_block, k_scales, v_scales,
+    )  # fmt: skip
+    SINKS: gl.constexpr = sinks_ptr is not None
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    consume, 0, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, SINKS, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY,
+                    SCALED, BLOCKS,
+                )),
+                (_consume, (
+                    consume, 1, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, SINKS, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY,
+                    SCALED, BLOCKS,
+                )),
+                (_produce, (produce, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, True)),
+            ],
+            [4, 1],
+            [CONSUMER_REGS, PRODUCER_REGS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (
+                    consume, 0, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, SINKS, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY,
+                    SCALED, BLOCKS,
+                )),
+                (_consume, (
+                    consume, 1, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, SINKS, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY,
+                    SCALED, BLOCKS,
+                )),
+                (_consume, (
+                    consume, 2, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, SINKS, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY,
+                    SCALED, BLOCKS,
+                )),
+                (_produce, (produce, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, True)),
+            ],
+            [4, 4, 1],
+            [CONSUMER_REGS, CONSUMER_REGS, PRODUCER_REGS],
+        )  # fmt: skip
