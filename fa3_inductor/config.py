@@ -26,6 +26,14 @@ dump_dir: str | None = Config(default=None, env_name_default="FA3_INDUCTOR_DUMP"
 # What a query gets when every key is masked: "exact" keeps what the user's code gives, "relaxed" allows zeros.
 empty_rows: str = Config(default="exact", env_name_default="FA3_INDUCTOR_EMPTY_ROWS")
 
+# Attention in FP8, in inference on the Hopper kernels: "graph" where q, k and v are float8_e4m3fn times a scale,
+# "quantize" everywhere, by rounding q, k and v to that, "off" nowhere.
+fp8: str = Config(default="graph", env_name_default="FA3_INDUCTOR_FP8")
+
+# What "quantize" multiplies q and k with before it rounds them is made of random signs; this is their seed. None leaves
+# the multiplication out.
+fp8_incoherent_seed: int | None = 0
+
 
 def _install() -> None:
     module = sys.modules[__name__]
@@ -36,6 +44,7 @@ def _install() -> None:
         "enabled": (True, False, ""),
         "target": ("auto", "hopper", "sdpa", "reference"),
         "empty_rows": ("exact", "relaxed"),
+        "fp8": ("graph", "quantize", "off"),
     }
 
     def check(name: str, value: object) -> None:
@@ -44,6 +53,8 @@ def _install() -> None:
             raise ValueError(f"fa3_inductor.config.{name} is one of {choices}, got {value!r}")
         if name == "dump_dir" and not isinstance(value, (str, type(None))):
             raise ValueError(f"fa3_inductor.config.dump_dir is the path of a folder or None, got {value!r}")
+        if name == "fp8_incoherent_seed" and not (value is None or type(value) is int):
+            raise ValueError(f"fa3_inductor.config.fp8_incoherent_seed is an int or None, got {value!r}")
 
     class CheckedConfig(type(module)):
         def __setattr__(self, name: str, value: object) -> None:

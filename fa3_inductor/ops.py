@@ -1,9 +1,10 @@
-"""The operators that the pass puts into graphs: `fa3::attention` and `fa3::attention_backward`.
+"""The operators that the pass puts into graphs: `fa3::attention`, `fa3::attention_backward`, and for inference
+`fa3::attention_fp8` of float8_e4m3fn tensors and `fa3::attention_quantised`, which rounds 16-bit ones to it.
 
 Import this module to register them. They are opaque to Inductor, functional, differentiable once (in q, k, v, bias and
-sinks), and have fakes for every shape, symbolic ones included. Both take `target`: "hopper" runs the Gluon kernels on
-CUDA tensors, "reference" the plain PyTorch specification; CPU tensors always take the reference. With a `seed`, int64
-[1], weights are dropped with probability `dropout_p`, by the rule of `fa3_inductor.kernels.dropout`.
+sinks; those in FP8 not at all), and have fakes for every shape, symbolic ones included. All take `target`: "hopper" runs
+the Gluon kernels on CUDA tensors, "reference" the plain PyTorch specification; CPU tensors always take the reference.
+With a `seed`, int64 [1], weights are dropped with probability `dropout_p`, by the rule of `fa3_inductor.kernels.dropout`.
 `fa3_inductor.kernels.reference` says what the other arguments mean.
 """
 
@@ -11,7 +12,12 @@ import torch
 from torch import Tensor
 
 from fa3_inductor.kernels import output_like
-from fa3_inductor.kernels.reference import attention_backward_reference, attention_reference
+from fa3_inductor.kernels.reference import (
+    attention_backward_reference,
+    attention_fp8_reference,
+    attention_quantised_reference,
+    attention_reference,
+)
 
 _MASKING = "float scale, SymInt? window_left, SymInt? window_right, str target"
 _SOFTCAP = "float? softcap=None"
@@ -29,6 +35,18 @@ torch.library.define(
     "fa3::attention_backward",
     f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor out, Tensor lse, {_MASKING}, "
     f"bool bias_grad, {_SOFTCAP}, Tensor? seed=None, float dropout_p=0.0) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+torch.library.define(
+    "fa3::attention_fp8",
+    "(Tensor q, Tensor k, Tensor v, Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor? bias, Tensor? mask, "
+    f"{_MASKING}, ScalarType out_dtype, {_SOFTCAP}, Tensor? sinks=None) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+torch.library.define(
+    "fa3::attention_quantised",
+    f"(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, {_MASKING}, int? incoherent_seed, {_SOFTCAP}, "
+    "Tensor? sinks=None) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 
@@ -97,6 +115,67 @@ def _backward_fake(
     return *_grads(q, k, v), _dbias(q, bias, bias_grad)
 
 
+@torch.library.impl("fa3::attention_fp8", "default")
+def _attention_fp8(
+    q, k, v, q_scale, k_scale, v_scale, bias, mask, scale, window_left, window_right, target, out_dtype, softcap=None,
+    sinks=None,
+):  # fmt: skip
+    options = dict(
+        scale=scale, window_left=window_left, window_right=window_right, softcap=softcap, out_dtype=out_dtype,
+        sinks=None if sinks is None else sinks.contiguous(),
+    )  # fmt: skip
+    if target == "hopper" and q.is_cuda:
+        from fa3_inductor.kernels.fp8 import attention_fp8
+
+        return attention_fp8(q, k, v, q_scale, k_scale, v_scale, bias, mask, **options)
+    _check(q, k, v, bias, mask, target)
+    out, lse = attention_fp8_reference(q, k, v, q_scale, k_scale, v_scale, bias, mask, **options)
+    return output_like(q, v.shape[-1], out_dtype).copy_(out), lse
+
+
+@torch.library.register_fake("fa3::attention_fp8")
+def _attention_fp8_fake(
+    q, k, v, q_scale, k_scale, v_scale, bias, mask, scale, window_left, window_right, target, out_dtype, softcap=None,
+    sinks=None,
+):  # fmt: skip
+    _check(q, k, v, bias, mask, target)
+    if q.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"fa3::attention_fp8: q, k and v are float8_e4m3fn, not {q.dtype}")
+    return output_like(q, v.shape[-1], out_dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.impl("fa3::attention_quantised", "default")
+def _attention_quantised(
+    q, k, v, bias, mask, scale, window_left, window_right, target, incoherent_seed, softcap=None, sinks=None
+):
+    from fa3_inductor.kernels import fp8
+
+    options = dict(
+        scale=scale, window_left=window_left, window_right=window_right, softcap=softcap,
+        sinks=None if sinks is None else sinks.contiguous(),
+    )  # fmt: skip
+    if target == "hopper" and q.is_cuda:
+        return fp8.attention_quantised(q, k, v, bias, mask, seed=incoherent_seed, **options)
+    _check(q, k, v, bias, mask, target)
+    out, lse = attention_quantised_reference(
+        q, k, v, bias, mask, **fp8.blocks(q, v, incoherent_seed, any(x is not None for x in (bias, mask, softcap))),
+        **options,
+    )  # fmt: skip
+    return output_like(q, v.shape[-1]).copy_(out), lse
+
+
+@torch.library.register_fake("fa3::attention_quantised")
+def _attention_quantised_fake(
+    q, k, v, bias, mask, scale, window_left, window_right, target, incoherent_seed, softcap=None, sinks=None
+):
+    _check(q, k, v, bias, mask, target)
+    return output_like(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _no_gradient_of_fp8(ctx, *grads):
+    raise NotImplementedError("attention in FP8 has no gradient: set fa3_inductor.config.fp8 = 'off' to train")
+
+
 def _setup_context(ctx, inputs, output):
     q, k, v, bias, mask, ctx.scale, ctx.window_left, ctx.window_right, ctx.target, ctx.softcap, sinks, *dropout = inputs
     seed, ctx.dropout_p = dropout
@@ -127,6 +206,8 @@ def _no_double_backward(ctx, *grads):
 
 torch.library.register_autograd("fa3::attention", _attention_vjp, setup_context=_setup_context)
 torch.library.register_autograd("fa3::attention_backward", _no_double_backward)
+for _name in ("fa3::attention_fp8", "fa3::attention_quantised"):
+    torch.library.register_autograd(_name, _no_gradient_of_fp8)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, target: str) -> None:

@@ -20,10 +20,13 @@ class Plan:
     kernel: str
     empty: Empty
     why: str = ""
+    fp8: str = ""  # "graph": its operands are 8-bit tensors of the graph; "quantize": they are rounded; "": neither
 
 
-def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: bool) -> Plan:
-    """Choose the target of one attention. ``requested`` is ``config.target``, ``trains`` whether gradients are needed.
+def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: bool, fp8: str = "graph") -> Plan:
+    """Choose the target of one attention.
+
+    ``requested`` is ``config.target``, ``trains`` whether gradients are needed, ``fp8`` is ``config.fp8``.
 
     Raises:
         Rejected: no target computes this attention as the user wrote it.
@@ -34,22 +37,68 @@ def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: 
     empty = spec.empty
     if relaxed_empty_rows and empty is not Empty.IMPOSSIBLE:
         empty = Empty.ZERO
+    in_8_bits = not_8_bits = ""
+    if requested == "reference" or (requested != "sdpa" and _not_hopper(tensors["q"].device) is None):
+        in_8_bits, not_8_bits = _fp8(spec, tensors, empty, fp8, trains)
     if requested == "reference" and spec.dropout_p < 1:
-        return Plan("reference", "fa3::attention (PyTorch)", empty)
+        operator = _FP8_OPERATORS.get(in_8_bits, "fa3::attention")
+        return Plan("reference", f"{operator} (PyTorch)", empty, not_8_bits, in_8_bits)
     if requested == "reference":
         why = "dropout of everything"
     elif requested == "sdpa":
         why = "asked for by config.target"
     else:
-        why = _not_on_hopper(spec, tensors, trains)
+        why = _not_on_hopper(spec, tensors, trains, in_8_bits)
         if why is None:
-            return Plan("hopper", _kernel_name(spec, tensors["q"].dtype), empty)
+            return Plan("hopper", _kernel_name(spec, tensors["q"].dtype, in_8_bits), empty, not_8_bits, in_8_bits)
     for what, there in (("a soft cap", spec.softcap), ("sinks", spec.sinks)):
         if there is not None:
             raise Rejected(
                 Reason.SCORE_OP, f"{what}, which scaled_dot_product_attention does not have; no kernel: {why}"
             )
     return Plan("sdpa", "F.scaled_dot_product_attention", empty, why)
+
+
+_FP8_OPERATORS = {"graph": "fa3::attention_fp8", "quantize": "fa3::attention_quantised"}
+
+
+def _fp8(
+    spec: AttentionSpec, tensors: dict[str, torch.Tensor], empty: Empty, wanted: str, trains: bool
+) -> tuple[str, str]:
+    """``Plan.fp8``, and why an attention that could be expected to run in 8 bits does not."""
+    asked = wanted == "quantize" or (wanted == "graph" and (spec.float8 is not None or spec.not_float8))
+    if not asked:
+        return "", ""
+    uncertain = empty not in (Empty.IMPOSSIBLE, Empty.ZERO) and any(
+        t.kind is TermKind.BIAS and not t.ordinary for t in spec.terms
+    )
+    if trains:
+        return "", "not on the FP8 kernel: it has no gradient"
+    if spec.dropout_p:
+        return "", "not on the FP8 kernel: it has no dropout"
+    if empty is Empty.AS_WRITTEN or uncertain:
+        return "", "not on the FP8 kernel: a bias that may hide all of a row"
+    from .kernels.fp8 import supports
+
+    if spec.float8 is not None:
+        rows = any(factor.groups[2] for factor, _ in spec.q_factors)
+        scale = spec.float8.scale
+        if rows:
+            why = "what scales the scores differs from query to query"
+        elif not scale.is_number:
+            why = f"the scale is {scale}"
+        else:
+            why = supports(*shapes(spec), scale=abs(float(scale)))
+        if why is None:
+            return "graph", ""
+        if wanted == "graph":
+            return "", f"not on the FP8 kernel: {why}"
+    elif wanted == "graph":
+        return "", spec.not_float8
+    if tensors["q"].dtype not in (torch.bfloat16, torch.float16):
+        return "", f"not on the FP8 kernel: {str(tensors['q'].dtype).removeprefix('torch.')} is not rounded to 8 bits"
+    why = supports(*shapes(spec), scale=abs(float(spec.scale)) if spec.scale.is_number else 1.0, quantised=True)
+    return ("quantize", "") if why is None else ("", f"not on the FP8 kernel: {why}")
 
 
 def _check(spec: AttentionSpec, tensors: dict[str, torch.Tensor]) -> None:
@@ -82,7 +131,7 @@ def _check_factors(spec: AttentionSpec, dtype: torch.dtype, trains: bool) -> Non
             )
 
 
-def _not_on_hopper(spec: AttentionSpec, tensors: dict[str, torch.Tensor], trains: bool) -> str | None:
+def _not_on_hopper(spec: AttentionSpec, tensors: dict[str, torch.Tensor], trains: bool, in_8_bits: str) -> str | None:
     q = tensors["q"]
     if (why := _not_hopper(q.device)) is not None:
         return why
@@ -98,6 +147,8 @@ def _not_on_hopper(spec: AttentionSpec, tensors: dict[str, torch.Tensor], trains
     for name, edge, slope in (("left", spec.mask.window_left, -1), ("right", spec.mask.window_right, 1)):
         if edge is not None and seqlen_offset(spec, edge, slope) is None:
             return f"a window whose {name} edge is known only as {edge}"
+    if in_8_bits:
+        return None
     from .kernels.forward import supports
 
     scale = abs(float(spec.scale)) if spec.scale.is_number else 1.0
@@ -134,8 +185,9 @@ def seqlen_offset(spec: AttentionSpec, edge: sympy.Expr, slope: int) -> tuple[in
     return (int(rest), True) if rest.is_number else None
 
 
-def _kernel_name(spec: AttentionSpec, dtype: torch.dtype) -> str:
+def _kernel_name(spec: AttentionSpec, dtype: torch.dtype, in_8_bits: str) -> str:
     mask = spec.mask
+    dtype = torch.float8_e4m3fn if in_8_bits else dtype
     words = [str(dtype).removeprefix("torch."), f"d{spec.head_dim}"]
     if spec.head_dim_v != spec.head_dim:
         words[-1] += f"/{spec.head_dim_v}"
@@ -146,7 +198,8 @@ def _kernel_name(spec: AttentionSpec, dtype: torch.dtype) -> str:
         + ["sinks"] * (spec.sinks is not None)
     )
     words += sorted({"bias" if t.kind is TermKind.BIAS else "mask" for t in spec.terms if t.window is None})
-    return f"attention_forward[{', '.join(words)}]"
+    function = {"graph": "attention_fp8", "quantize": "attention_quantised"}.get(in_8_bits, "attention_forward")
+    return f"{function}[{', '.join(words)}]"
 
 
 def cost(spec: AttentionSpec, itemsize: int) -> tuple[int | None, int | None]:

@@ -121,7 +121,7 @@ def _try(found: Found, captured: Capture, splicer: Splicer) -> Site:
             raise found.rejection
         if _backend_chosen_by_user(captured, found.anchor):
             raise Rejected(Reason.USER_BACKEND)
-        chosen = plan(found.spec, config.target, config.empty_rows == "relaxed", splicer.trains)
+        chosen = plan(found.spec, config.target, config.empty_rows == "relaxed", splicer.trains, config.fp8)
         splicer.splice(found.spec, chosen, found.interior)
     except Rejected as rejection:
         site.status, site.reason, site.detail = "rejected", rejection.reason, rejection.detail
@@ -149,6 +149,8 @@ def _site(found: Found, captured: Capture) -> Site:
 def _describe(site: Site, found: Found, chosen: Plan) -> None:
     spec = found.spec
     site.status, site.target, site.kernel, site.detail = "fused", chosen.target, chosen.kernel, chosen.why
+    if chosen.fp8:
+        site.dtype = "float8_e4m3fn"
     site.flops, site.score_bytes = cost(spec, tensor(spec.result).dtype.itemsize)
 
 

@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from . import ops, tracing  # noqa: F401  (registers fa3::attention)
+from . import config, ops, tracing  # noqa: F401  (registers fa3::attention)
 from .capture import Capture, may_write
 from .patterns.indices import size_expr
 from .patterns.layouts import NO_GRAD, argument, packet
@@ -344,8 +344,18 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
         if spec.dropout_p:  # from torch's own generator; kept for the backward, as any other operand is
             device = fake_value(q).device
             seed = emit.call(torch.randint, 0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
-        options = (scale, left, right, plan.target, spec.softcap, sinks, seed, spec.dropout_p)
-        pair = emit.call(torch.ops.fa3.attention.default, q, k, v, bias, mask, *options)
+        shaping = (bias, mask, scale, left, right, plan.target)
+        if plan.fp8 == "graph":
+            dtype = torch.float16 if fake_value(q).dtype == torch.float16 else torch.bfloat16
+            operands = _float8_operands(emit, spec)
+            shaping = (bias, mask, abs(float(spec.float8.scale)), left, right, plan.target, dtype)
+            pair = emit.call(torch.ops.fa3.attention_fp8.default, *operands, *shaping, spec.softcap, sinks)
+        elif plan.fp8:
+            options = (config.fp8_incoherent_seed, spec.softcap, sinks)
+            pair = emit.call(torch.ops.fa3.attention_quantised.default, q, k, v, *shaping, *options)
+        else:
+            options = (spec.softcap, sinks, seed, spec.dropout_p)
+            pair = emit.call(torch.ops.fa3.attention.default, q, k, v, *shaping, *options)
         out = emit.call(operator.getitem, pair, 0)
         if not exact and not biased:
             lse = emit.call("unsqueeze", emit.call(operator.getitem, pair, 1), -1)
@@ -353,6 +363,22 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
     if row_seen is None or plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO):
         return out
     return _with_empty_rows(emit, spec, plan, out, (q, k, v), row_seen, scale)
+
+
+def _float8_operands(emit: _Emitter, spec: AttentionSpec) -> list[Node]:
+    """q, k and v in 8 bits, and the scale of each as float32 that broadcasts to [B, its heads]."""
+    parts = [spec.float8.q, spec.float8.k, spec.float8.v]
+    tensors = _expand_batch(emit, spec, tuple(emit.operand(x.operand) for x in parts))
+    device, scales = fake_value(tensors[0]).device, []
+    for x in parts:
+        is_q = x is spec.float8.q
+        sign = -1 if is_q and spec.float8.scale.is_negative else 1
+        scale = emit.call(torch.full, (1, 1, 1, 1), sign * x.factor, dtype=torch.float32, device=device)
+        for factor, inverse in (*x.scales, *(spec.q_factors if is_q else ())):
+            number = emit.call("to", emit.operand(factor), device, torch.float32)
+            scale = emit.call(operator.truediv if inverse else operator.mul, scale, number)
+        scales.append(emit.call("select", emit.call("select", scale, -1, 0), -1, 0))
+    return [*tensors, *scales]
 
 
 def _expand_batch(emit: _Emitter, spec: AttentionSpec, qkv: tuple[Node, Node, Node]) -> list[Node]:

@@ -20,6 +20,7 @@ from fa3_inductor.kernels.quantise import (
     orthogonal,
     rows_arguments,
     rows_kernel,
+    signed_hadamard,
     values_arguments,
     values_kernel,
 )
@@ -253,6 +254,17 @@ def _prepare(
     order = () if order is None else (order.data_ptr(),)
     shape = () if ranges is None else ranges.shape
     return _Call(main, rows, address, to_values, find_ranges, shape, order, *settled)
+
+
+def blocks(q: Tensor, v: Tensor, seed: int | None, with_terms: bool) -> dict:
+    """How `attention_quantised` rounds, as `reference.attention_quantised_reference` is told of it."""
+    keys = tile_for(q.shape[3], v.shape[3], with_terms).block_n
+    if seed is None:
+        return dict(rows=ROWS, keys=keys)
+    matrix, *second = signed_hadamard(matrix_columns(q.shape[3]), seed).to(q.device)
+    if second:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([second[0], -second[0]], 1)])
+    return dict(rows=ROWS, keys=keys, matrix=matrix)
 
 
 def _transposed_like(v: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .algebra import Algebra, Opaque
+from .float8 import read_float8
 from .indices import ONE, ZERO, Index, Space, broadcast_index, shape_exprs, size_expr
 from .layouts import LAYOUT_OPS, argument, layout_step, packet, rank, tensor, users_of
 from .masks import FULL, Axes, Mask, describe, no_row_is_empty
@@ -336,6 +337,10 @@ class _Reading:
         k = peel(self.algebra, view.k_node, view.k_index)
         v = peel(self.algebra, view.v_node, view.v_index, scales=False)
         (q, k, v), factor = choose_operands(roles, q, k, v, tensor(product).dtype, product)
+        float8, not_float8 = read_float8(
+            self.algebra, roles, (view.q_node, view.q_index), (view.k_node, view.k_index),
+            (view.v_node, view.v_index), scale,
+        )  # fmt: skip
         scale = scale * factor
         if not (scale.is_number and scale.is_finite) and not scale.free_symbols:
             raise Rejected(Reason.TENSOR_SCALE, f"the scale is {scale}")
@@ -383,6 +388,8 @@ class _Reading:
             softcap=None if softcap is None else float(softcap),
             q_factors=tuple(q_factors),
             sinks=sinks,
+            float8=float8,
+            not_float8=not_float8,
         )
         return spec, (*view.scores.nodes, *self.weights.nodes, product)
 
@@ -529,6 +536,9 @@ def _read_sdpa(algebra: Algebra, node: Node) -> tuple[AttentionSpec, tuple[Node,
     base = sympy.Pow(head_dim, sympy.Rational(-1, 2)) if scale is None else algebra.value(scale, ())
     if not isinstance(base, sympy.Expr) or base.has(Opaque):
         raise Rejected(Reason.TENSOR_SCALE, "scale is not a number")
+    float8, not_float8 = read_float8(
+        algebra, roles, (q, at(q, axes.q, e)), (k, at(k, axes.k, e)), (v, at(v, axes.k, d)), base
+    )
     raw: tuple[Added | Hidden, ...] = ()
     if attn_mask is not None:
         index = broadcast_index((*batch, axes.q, axes.k), shape_exprs(tensor(attn_mask)))
@@ -568,5 +578,7 @@ def _read_sdpa(algebra: Algebra, node: Node) -> tuple[AttentionSpec, tuple[Node,
         dropout_p=dropout_p,
         form=form,
         is_sdpa=True,
+        float8=float8,
+        not_float8=not_float8,
     )
     return spec, (node,)

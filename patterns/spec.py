@@ -88,6 +88,28 @@ class Term:
 
 
 @dataclasses.dataclass(frozen=True)
+class Float8Operand:
+    """A tensor in float8_e4m3fn that an operand is ``factor`` times, and times (divided by, if True) every scale.
+
+    Scales have a batch and a head axis, or neither.
+    """
+
+    operand: Operand
+    scales: tuple[tuple[Operand, bool], ...]
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Float8:
+    """What q, k and v are dequantised from, where they all are, and the scale of the products of q and k."""
+
+    q: Float8Operand
+    k: Float8Operand
+    v: Float8Operand
+    scale: sympy.Expr
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionSpec:
     """One attention. Shapes: q [B, Hq, Sq, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv]; the result is [B, Hq, Sq, Dv].
 
@@ -118,6 +140,8 @@ class AttentionSpec:
     is_sdpa: bool = False
     softcap: float | None = None
     q_factors: tuple[tuple[Operand, bool], ...] = ()  # that q is multiplied by, or divided by if True; none has keys
+    float8: Float8 | None = None
+    not_float8: str = ""  # why it is None although one of the operands is in 8 bits
     sinks: Operand | None = None  # [Hq]: one more score in every row of a head, which has no value
 
     @property

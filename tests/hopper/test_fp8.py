@@ -19,7 +19,6 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
 
 from fa3_inductor.kernels import fp8, launch
 from fa3_inductor.kernels.fp8 import attention_fp8, attention_quantised, tile_for
-from fa3_inductor.kernels.quantise import matrix_columns, signed_hadamard
 
 from .problems import HEAD_DIMS, LENGTHS, MASKS, S, lies_like, make
 
@@ -46,13 +45,6 @@ def error(got, exact):
     assert got.shape == exact.shape and torch.equal(got.isnan(), exact.isnan())
     got, exact = got.double().nan_to_num(0.0), exact.double().nan_to_num(0.0)
     return ((got - exact).norm() / exact.norm().clamp_min(1e-12)).item()
-
-
-def whole_matrix(head_dim, seed):
-    first, *second = signed_hadamard(matrix_columns(head_dim), seed)
-    if second:
-        first = torch.cat([torch.cat([first, first], 1), torch.cat([second[0], -second[0]], 1)])
-    return first.cuda()
 
 
 def drawn(seed):
@@ -116,9 +108,7 @@ def test_of_rounded_operands(seed):
     (q, k, v), options = drawn(seed + 1000)
     signs = random.Random(seed).choice([None, 0, 7])
     out, lse = attention_quantised(q, k, v, **options, seed=signs)
-    keys = tile_for(q.shape[3], v.shape[3], any(n in options for n in ("bias", "mask", "softcap"))).block_n
-    matrix = None if signs is None else whole_matrix(q.shape[3], signs)
-    blocks = dict(rows=64, keys=keys, matrix=matrix)
+    blocks = fp8.blocks(q, v, signs, any(n in options for n in ("bias", "mask", "softcap")))
     reference, expected_lse = attention_quantised_reference(q, k, v, **options, **blocks)
     of_double = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in options.items()}
     exact, _ = attention_reference(*(x.double() for x in (q, k, v)), **of_double)
