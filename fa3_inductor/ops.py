@@ -2,9 +2,10 @@
 `fa3::attention_fp8` of float8_e4m3fn tensors and `fa3::attention_quantised`, which rounds 16-bit ones to it.
 
 Import this module to register them. They are opaque to Inductor, functional, differentiable once (in q, k, v, bias and
-sinks; those in FP8 not at all), and have fakes for every shape, symbolic ones included. All take `target`: "hopper" runs
-the Gluon kernels on CUDA tensors, "reference" the plain PyTorch specification; CPU tensors always take the reference.
-With a `seed`, int64 [1], weights are dropped with probability `dropout_p`, by the rule of `fa3_inductor.kernels.dropout`.
+sinks; those in FP8 not at all), and have fakes for every shape, symbolic ones included. All take `target`: "hopper"
+runs the Gluon kernels on CUDA tensors, "reference" the plain PyTorch specification; CPU tensors always take the
+reference. With a `seed`, int64 [1], weights are dropped with probability `dropout_p`, by the rule of
+`fa3_inductor.kernels.dropout`.
 `fa3_inductor.kernels.reference` says what the other arguments mean.
 """
 

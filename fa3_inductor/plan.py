@@ -51,6 +51,7 @@ def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: 
         why = _not_on_hopper(spec, tensors, trains, in_8_bits)
         if why is None:
             return Plan("hopper", _kernel_name(spec, tensors["q"].dtype, in_8_bits), empty, not_8_bits, in_8_bits)
+        why = "; ".join(filter(None, (why, not_8_bits)))
     for what, there in (("a soft cap", spec.softcap), ("sinks", spec.sinks)):
         if there is not None:
             raise Rejected(
@@ -81,11 +82,8 @@ def _fp8(
     from .kernels.fp8 import supports
 
     if spec.float8 is not None:
-        rows = any(factor.groups[2] for factor, _ in spec.q_factors)
         scale = spec.float8.scale
-        if rows:
-            why = "what scales the scores differs from query to query"
-        elif not scale.is_number:
+        if not scale.is_number:
             why = f"the scale is {scale}"
         else:
             why = supports(*shapes(spec), scale=abs(float(scale)))

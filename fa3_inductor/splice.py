@@ -366,7 +366,7 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
 
 
 def _float8_operands(emit: _Emitter, spec: AttentionSpec) -> list[Node]:
-    """q, k and v in 8 bits, and the scale of each as float32 that broadcasts to [B, its heads]."""
+    """q, k and v in 8 bits, and the scale of each as float32 that broadcasts to [B, heads, rows]."""
     parts = [spec.float8.q, spec.float8.k, spec.float8.v]
     tensors = _expand_batch(emit, spec, tuple(emit.operand(x.operand) for x in parts))
     device, scales = fake_value(tensors[0]).device, []
@@ -377,7 +377,7 @@ def _float8_operands(emit: _Emitter, spec: AttentionSpec) -> list[Node]:
         for factor, inverse in (*x.scales, *(spec.q_factors if is_q else ())):
             number = emit.call("to", emit.operand(factor), device, torch.float32)
             scale = emit.call(operator.truediv if inverse else operator.mul, scale, number)
-        scales.append(emit.call("select", emit.call("select", scale, -1, 0), -1, 0))
+        scales.append(emit.call("select", scale, -1, 0))
     return [*tensors, *scales]
 
 

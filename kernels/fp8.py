@@ -92,7 +92,8 @@ def attention_fp8(
     Args:
         q: [B, Hq, Sq, D], float8_e4m3fn, D a multiple of 16 up to 256, on CUDA.
         k: [B, Hkv, Sk, D]; v: [B, Hkv, Sk, Dv], Dv a multiple of 8 up to 256.
-        q_scale: float32, broadcastable to [B, Hq]; k_scale, v_scale: to [B, Hkv].
+        q_scale: float32, broadcastable to [B, Hq], or to [B, Hq, Sq]; k_scale, v_scale: to [B, Hkv], or [B, Hkv, Sk].
+            Scales of single tokens take time.
         out_dtype: BF16 or FP16.
 
     The others are those of `attention_forward`. Products are summed up in float32, weights rounded to e4m3. v is
@@ -108,25 +109,33 @@ def attention_fp8(
         raise ValueError(f"attention_fp8: q, k and v are {E4M3}, not {q.dtype}, {k.dtype} and {v.dtype}")
     if not all(map(is_addressable, (q, k, v))):
         q, k, v = map(addressable, (q, k, v))
-    scales = []
-    for name, x, heads in (("q", q_scale, q.shape[1]), ("k", k_scale, k.shape[1]), ("v", v_scale, v.shape[1])):
-        try:
-            scales.append(x.expand(q.shape[0], heads).unsqueeze(2))
-        except RuntimeError:
-            raise ValueError(
-                f"attention_fp8: {name}_scale {list(x.shape)} does not broadcast to [{q.shape[0]}, {heads}]"
-            ) from None
+    scales = {"q": q_scale, "k": k_scale, "v": v_scale}
+    by_token = any(x.ndim == 3 and x.shape[2] > 1 for x in scales.values())
+    for (name, x), operand in zip(scales.items(), (q, k, v)):
         if x.dtype != torch.float32:
             raise ValueError(f"attention_fp8: {name}_scale is float32, not {x.dtype}")
+        shape = operand.shape[:3] if by_token else (*operand.shape[:2], 1)
+        try:
+            scales[name] = (x if x.ndim == 3 else x.unsqueeze(-1)).expand(shape)
+        except RuntimeError:
+            wanted = list(operand.shape[:3])
+            raise ValueError(f"attention_fp8: {name}_scale {list(x.shape)} does not broadcast to {wanted}") from None
+    scales, tokens = list(scales.values()), ()
+    if by_token:
+        largest = scales[2].abs().amax(2, keepdim=True)  # weights stay in e4m3's range
+        largest = largest.masked_fill(largest == 0, 1.0)
+        tokens = tuple(x.contiguous() for x in (scales[0], scales[1], scales[2] / largest))
+        one = torch.ones((1, 1, 1), dtype=torch.float32, device=q.device)
+        scales = [one.expand(q.shape[0], q.shape[1], 1), one.expand(k.shape[0], k.shape[1], 1), largest]
     options = dict(
         scale=scale, window_left=window_left, window_right=window_right, softcap=softcap, sinks=sinks, bias=bias,
         mask=mask,
     )  # fmt: skip
-    call = _call(q, k, v, scales, out_dtype, None, **options)
+    call = _call(q, k, v, scales, tokens, out_dtype, None, **options)
     values = _transposed_like(v)
     if call.launch is not None:
         call.values(driver.active.get_current_stream(call.device), v.data_ptr(), values.data_ptr())
-    return _run(call, (q, k, values, *scales), bias, mask, sinks)
+    return _run(call, (q, k, values, *scales, *tokens), bias, mask, sinks)
 
 
 def attention_quantised(
@@ -156,7 +165,7 @@ def attention_quantised(
         scale=scale, window_left=window_left, window_right=window_right, softcap=softcap, sinks=sinks, bias=bias,
         mask=mask,
     )  # fmt: skip
-    call = _call(q, k, v, None, q.dtype, seed, **options)
+    call = _call(q, k, v, None, (), q.dtype, seed, **options)
     buffers = _buffers(q, k, v, call.tile, 0 if seed is None else matrix_columns(q.shape[3]))
     if call.launch is not None:
         q8, k8, v8, q_scales, k_scales, v_scales = (x.data_ptr() for x in buffers)
@@ -188,14 +197,14 @@ _calls: dict = {}
 _MAX_CALLS = 4096
 
 
-def _call(q, k, v, scales, out_dtype, seed, *, bias, mask, sinks, **options) -> _Call:
+def _call(q, k, v, scales, tokens, out_dtype, seed, *, bias, mask, sinks, **options) -> _Call:
     """What is settled for such a problem; `scales` is None if q, k and v are to be rounded."""
-    beside = tuple(None if x is None else key_of(x) for x in (bias, mask, sinks, *(scales or ())))
+    beside = tuple(None if x is None else key_of(x) for x in (bias, mask, sinks, *(scales or ()), *tokens))
     key = (*map(key_of, (q, k, v)), beside, out_dtype, seed, *options.values())
     call = _calls.get(key)
     if call is None or call.device != torch.cuda.current_device():
         with torch.cuda.device(q.device):
-            call = _prepare(q, k, v, scales, out_dtype, seed, bias=bias, mask=mask, sinks=sinks, **options)
+            call = _prepare(q, k, v, scales, tokens, out_dtype, seed, bias=bias, mask=mask, sinks=sinks, **options)
         if len(_calls) >= _MAX_CALLS:
             _calls.clear()
         _calls[key] = call
@@ -203,7 +212,7 @@ def _call(q, k, v, scales, out_dtype, seed, *, bias, mask, sinks, **options) -> 
 
 
 def _prepare(
-    q, k, v, scales, out_dtype, seed, *, bias, mask, sinks, scale, window_left, window_right, softcap
+    q, k, v, scales, tokens, out_dtype, seed, *, bias, mask, sinks, scale, window_left, window_right, softcap
 ) -> _Call:  # fmt: skip
     if problem := supports(q.shape, k.shape, v.shape, scale=abs(scale), quantised=scales is None):
         raise ValueError(problem)
@@ -216,7 +225,7 @@ def _prepare(
     q, k, v = (x.detach() for x in (q, k, v))  # tensors of our own: they may be one now and not at the next call
     out = output_like(q, v.shape[3], out_dtype)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    tile = tile_for(q.shape[3], v.shape[3], any(x is not None for x in (bias, mask, softcap)))
+    tile = tile_for(q.shape[3], v.shape[3], bool(tokens) or any(x is not None for x in (bias, mask, softcap)))
     settled = tile, q.get_device(), out.shape, out.stride(), out_dtype
     if not out.numel():
         return _Call(None, (), (), None, None, (), (), *settled)
@@ -245,11 +254,12 @@ def _prepare(
     if mask is not None:
         find_ranges, ranges = forward.prepare_ranges(q, k, mask, tile.block_n)
     grid, args = launch_arguments(
-        q, k, values, out, lse, scales, scale, window_left, window_right, bias, mask, softcap, sinks, ranges, tile=tile
-    )
+        q, k, values, out, lse, scales, scale, window_left, window_right, bias, mask, softcap, sinks, ranges, tokens,
+        tile=tile,
+    )  # fmt: skip
     order = args[forward._ORDER]
     terms = (*(operand for operand, *_ in args[forward._OPERANDS]), sinks)
-    tensors = tuple(x for x in (q, k, values, *scales, out, lse, *terms, order, ranges) if x is not None)
+    tensors = tuple(x for x in (q, k, values, *scales, *tokens, out, lse, *terms, order, ranges) if x is not None)
     main = launch.prepare(fp8_kernel, grid, args, tensors, {"num_warps": 4})
     order = () if order is None else (order.data_ptr(),)
     shape = () if ranges is None else ranges.shape
@@ -289,13 +299,14 @@ def launch_arguments(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scales: list[Tensor], scale: float,
     window_left: int | None = None, window_right: int | None = None, bias: Tensor | None = None,
     mask: Tensor | None = None, softcap: float | None = None, sinks: Tensor | None = None,
-    ranges: Tensor | None = None, *, tile: Tile, sm_count: int | None = None,
+    ranges: Tensor | None = None, tokens: tuple[Tensor, ...] = (), *, tile: Tile, sm_count: int | None = None,
 ) -> tuple[tuple[int, int, int], tuple]:  # fmt: skip
     """The grid and the arguments of the kernel.
 
     Args:
         v: of the values kernel, [B, Hkv, Dv, padded Sk].
         scales: float32, of q [B, Hq, blocks of ROWS], of k and v [B, Hkv, blocks of the tile's block_n]; or one block.
+        tokens: more scales, float32, contiguous, of q [B, Hq, Sq], of k and v [B, Hkv, Sk], v's 1 at most; or none.
     """
     batch, q_heads, seqlen_q, head_dim = q.shape
     kv_heads, seqlen_k = k.shape[1:3]
@@ -314,7 +325,7 @@ def launch_arguments(
     return (ctas, 1, 1), (
         *forward.descriptors(q, ROWS, widths), *forward.descriptors(k, tile.block_n, widths),
         *_transposed_descriptors(v, tile.block_n, widths_v), *forward.descriptors(out, ROWS, widths_v),
-        lse, order, sinks, ranges, operands, q_scale, q_by_block, k_scale, v_scale,
+        lse, order, sinks, ranges, operands, q_scale, q_by_block, k_scale, v_scale, tokens or None,
         batch * q_heads * m_tiles, m_tiles, q_heads, q_heads // kv_heads, seqlen_q, seqlen_k, left or 0, right or 0,
         scale * _LOG2E, left is not None, right is not None, *functions, has_blocks,
         tile.consumers, STAGES, tile.consumer_regs, tile.producer_regs,

@@ -107,13 +107,17 @@ def _add_product(o, factor, p, v, MORE: gl.constexpr):
 
 @gluon.jit
 def _kv_loop(
-    o, l_i, m_i, now, it, tile, stop, place, scale, k_scales, v_scales, flip, q, k_smem, v_smem, k_full, v_full,
+    o, l_i, m_i, now, it, tile, stop, place, scale, k_scales, v_scales, flip, tokens, q, k_smem, v_smem, k_full, v_full,
     operands, window,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     LOAD: gl.constexpr, APPLY: gl.constexpr, SCALED: gl.constexpr, BLOCKS: gl.constexpr,
     s_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
-    """KV tiles tile - 1 down to stop. `now` holds the scales of K and V of the first, and of V of the one before."""
+    """KV tiles tile - 1 down to stop.
+
+    `now` holds the scales of K and V of the first, and of V of the one before. `tokens`, if there are any, holds the
+    scales of the rows, and where those of the keys and of the values begin.
+    """
     BLOCK_N: gl.constexpr = s_layout.instr_shape[1]
     THREADS: gl.constexpr = 128 * CONSUMERS + 32
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
@@ -135,7 +139,13 @@ def _kv_loop(
             terms = _load_terms(LOAD, operands, place, at * BLOCK_N, window, s_layout, MASKED)
         s = warpgroup_mma_wait(0, [s])
         _arrive(K_EMPTY + slot, THREADS)
-        if not BLOCKS:
+        if tokens is not None:
+            of_q, k_ptr, v_ptr = tokens
+            columns = at * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+            of_k = gl.load(k_ptr + columns, mask=columns < window[1], other=1.0)
+            of_v = gl.load(v_ptr + columns, mask=columns < window[1], other=1.0)
+            s = s * of_q[:, None] * of_k[None, :]
+        elif not BLOCKS:
             if flip:
                 s = 0.0 - s
         if APPLY is not None:
@@ -144,6 +154,8 @@ def _kv_loop(
             s = _mask_tile(s, place[2], at * BLOCK_N, window, LEFT, RIGHT, s_layout)
         weights, m_i, alpha = _softmax(s, m_i, 1.0 if SCALED else tile_scale)
         l_i = _rescale(l_i, alpha) + _row_sums(weights)
+        if tokens is not None:
+            weights = weights * of_v[None, :]
         p = _operand(weights, p_layout)
         if BLOCKS:
             alpha *= ratio  # O is in units of the tile's scale
@@ -166,7 +178,7 @@ def _consume(
 ):  # fmt: skip
     """Consumer warp group number WG: its ROWS rows of every tile."""
     o_descs, lse_ptr, sinks_ptr, operands, q_smem, o_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full = args[:12]
-    work, window, ranges, scale, q_scales, q_by_block, k_scales, v_scales = args[12:]
+    work, window, ranges, scale, q_scales, q_by_block, k_scales, v_scales, of_tokens = args[12:]
     order_ptr, tiles, m_tiles, q_heads, group = work
     seqlen_q, seqlen_k, left, right = window
     DV: gl.constexpr = o_descs[0].block_type.shape[3]
@@ -204,6 +216,12 @@ def _consume(
             flip = tile_scale < 0.0
             tile_scale = gl.maximum(tile_scale, -tile_scale)
             tile_scale = gl.where(tile_scale == 0.0, 1e-30, tile_scale)  # -inf * 0 is NaN
+        tokens = None
+        if of_tokens is not None:
+            q_ptr, k_ptr, v_ptr = of_tokens
+            rows = gl.minimum(row0 + gl.arange(0, ROWS, rows_layout), seqlen_q - 1)
+            kv_row = (flat // group).to(gl.int64) * seqlen_k
+            tokens = (gl.load(q_ptr + flat.to(gl.int64) * seqlen_q + rows), k_ptr + kv_row, v_ptr + kv_row)
         m_i = gl.full([ROWS], float("-inf"), gl.float32, rows_layout)
         l_i = _row_sums(gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout))
         if len(o_descs) == 1:
@@ -222,7 +240,7 @@ def _consume(
             open_stop = gl.minimum(open_stop, _full_end(place, window, ranges, 3))
         open_stop = gl.maximum(open_stop, first)
         o, l_i, m_i, now, it = _kv_loop(
-            o, l_i, m_i, now, it, stop, open_stop, place, tile_scale, of_k, of_v, flip,
+            o, l_i, m_i, now, it, stop, open_stop, place, tile_scale, of_k, of_v, flip, tokens,
             q, k_smem, v_smem, k_full, v_full, operands, window,
             CONSUMERS, STAGES, True, LEFT, RIGHT, LOAD, APPLY, SCALED, BLOCKS, s_layout, p_layout,
         )  # fmt: skip
@@ -235,13 +253,13 @@ def _consume(
         if LEFT or ranges is not None:
             open_first = gl.minimum(open_first, open_stop)
         o, l_i, m_i, now, it = _kv_loop(
-            o, l_i, m_i, now, it, open_stop, open_first, place, tile_scale, of_k, of_v, flip,
+            o, l_i, m_i, now, it, open_stop, open_first, place, tile_scale, of_k, of_v, flip, tokens,
             q, k_smem, v_smem, k_full, v_full, operands, window,
             CONSUMERS, STAGES, False, LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY, SCALED, BLOCKS, s_layout, p_layout,
         )  # fmt: skip
         if LEFT or ranges is not None:
             o, l_i, m_i, now, it = _kv_loop(
-                o, l_i, m_i, now, it, open_first, first, place, tile_scale, of_k, of_v, flip,
+                o, l_i, m_i, now, it, open_first, first, place, tile_scale, of_k, of_v, flip, tokens,
                 q, k_smem, v_smem, k_full, v_full, operands, window,
                 CONSUMERS, STAGES, True, LEFT, RIGHT, LOAD, APPLY, SCALED, BLOCKS, s_layout, p_layout,
             )  # fmt: skip
@@ -273,7 +291,8 @@ def _consume(
 )  # fmt: skip
 def fp8_kernel(
     q_desc, q_desc2, k_desc, k_desc2, v_desc, v_desc2, o_desc, o_desc2, lse_ptr, order_ptr, sinks_ptr, ranges, operands,
-    q_scales, q_by_block, k_scales, v_scales, tiles, m_tiles, q_heads, group, seqlen_q, seqlen_k, left, right, scale,
+    q_scales, q_by_block, k_scales, v_scales, tokens, tiles, m_tiles, q_heads, group, seqlen_q, seqlen_k, left, right,
+    scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
     OPEN_APPLY: gl.constexpr, SCALED: gl.constexpr, BLOCKS: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
@@ -298,7 +317,7 @@ def fp8_kernel(
     produce = (q_descs, k_descs, v_descs, q_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full, work, window, ranges)
     consume = (
         o_descs, lse_ptr, sinks_ptr, operands, q_smem, o_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full,
-        work, window, ranges, scale, q_scales, q_by_block, k_scales, v_scales,
+        work, window, ranges, scale, q_scales, q_by_block, k_scales, v_scales, tokens,
     )  # fmt: skip
     SINKS: gl.constexpr = sinks_ptr is not None
     if CONSUMERS == 2:

@@ -35,6 +35,7 @@ SHARED_LIMIT = 232448  # bytes a block may have on sm_90; triton does not check 
 # 17, with 3.6 none.
 SPILLS = 128, 8
 SPILLS_WITH_MASK = 448, 20
+SPILLS_OF_FP8 = 256, 8
 SPILLS_OF_BACKWARD = 320, 10
 SPILLS_OF_LARGE_TILES = 960, 96  # of 128 queries, in the backward, and with dropout: 3.6 has up to 740 and 52
 _NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
@@ -102,6 +103,7 @@ class Case:
     options: dict
     register_budget: set[int]
     spills: tuple[int, int]  # bytes in all, and accesses in loops of matrix products, that are let pass
+    product: str = "HGMMA"  # the instruction of its matrix products
 
 
 def forward_case(
@@ -171,6 +173,46 @@ def backward_case(
     return Case(kernel, args, {"num_warps": 4}, {240, 24}, spills)
 
 
+def fp8_case(
+    head_dim: int, head_dim_v: int, window: str, blocks: bool = False, tokens: bool = False, bias: str = "",
+    mask: str = "", softcap: float | None = None, sinks: bool = False,
+) -> Case:  # fmt: skip
+    """The case of the FP8 kernel that its tile table gives for a problem, as for `forward_case`."""
+    from fa3_inductor.kernels import fp8
+    from fa3_inductor.kernels.forward import ROWS
+    from fa3_inductor.kernels.ranges import ranges_shape
+    from fa3_inductor.kernels.terms import broadcast
+
+    batch, q_heads, kv_heads, seqlen = 2, 8, 2, 4096
+    sizes = dict(b=batch, h=q_heads, q=seqlen, k=seqlen)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    eights = functools.partial(empty, dtype=fp8.E4M3)
+    added, hidden = (
+        empty(*(sizes[axis] if axis in axes else 1 for axis in sizes), dtype=of) if axes else None
+        for axes, of in ((bias, torch.bfloat16), (mask, torch.bool))
+    )
+    tile = fp8.tile_for(head_dim, head_dim_v, tokens or bool(bias or mask or softcap))
+    rows = (q_heads, ROWS), (kv_heads, tile.block_n), (kv_heads, tile.block_n)
+    scales = [empty(batch, heads, seqlen // size if blocks else 1) for heads, size in rows]
+    ranges = None
+    if hidden is not None:
+        whole = broadcast("mask", hidden, (batch, q_heads, seqlen, seqlen))
+        ranges = empty(*ranges_shape(whole, ROWS), dtype=torch.int32)
+    grid, args = fp8.launch_arguments(
+        eights(batch, q_heads, seqlen, head_dim), eights(batch, kv_heads, seqlen, head_dim),
+        eights(batch, kv_heads, head_dim_v, seqlen),
+        empty(batch, q_heads, seqlen, head_dim_v, dtype=torch.bfloat16), empty(batch, q_heads, seqlen), scales, 0.1,
+        *WINDOWS[window], added, hidden, softcap, empty(q_heads) if sinks else None, ranges,
+        tuple(empty(batch, heads, seqlen) for heads, _ in rows) if tokens else (), tile=tile, sm_count=132,
+    )  # fmt: skip
+    budget = {tile.consumer_regs, tile.producer_regs}
+    spills = SPILLS_OF_FP8 if hidden is None else SPILLS_WITH_MASK
+    return Case(fp8.fp8_kernel, args, {"num_warps": 4}, budget, spills, product="QGMMA")
+
+
 WINDOWS = {"full": (None, None), "causal": (None, 0), "window": (511, 0)}
 
 
@@ -221,12 +263,29 @@ def cases() -> dict[str, functools.partial]:
         ("d256-dropout-mask", (256, 256, "full", fp16), dict(dropout=True, mask="bk")),
     ):
         made[f"backward-{name}"] = functools.partial(backward_case, *problem, **more)
+    for name, problem, more in (
+        ("d64-full", (64, 64, "full"), {}),
+        ("d128-causal", (128, 128, "causal"), {}),
+        ("d128-window-blocks", (128, 128, "window"), dict(blocks=True)),
+        ("d192/128-causal", (192, 128, "causal"), {}),
+        ("d256-full-blocks", (256, 256, "full"), dict(blocks=True)),
+        ("d256-window", (256, 256, "window"), {}),
+        ("d80/40-causal", (80, 40, "causal"), {}),
+        ("d128-tokens", (128, 128, "causal"), dict(tokens=True)),
+        ("d256-tokens", (256, 256, "full"), dict(tokens=True)),
+        ("d64-bias-blocks", (64, 64, "full"), dict(bias="hqk", blocks=True)),
+        ("d128-mask-sinks", (128, 128, "causal"), dict(mask="bqk", sinks=True)),
+        ("d256-softcap-mask", (256, 256, "full"), dict(softcap=50.0, mask="bk")),
+    ):
+        made[f"fp8-{name}"] = functools.partial(fp8_case, *problem, **more)
     return made
 
 
-def violations(report: Report, register_budget: set[int], spills: tuple[int, int] = SPILLS) -> list[str]:
+def violations(
+    report: Report, register_budget: set[int], spills: tuple[int, int] = SPILLS, product: str = "HGMMA"
+) -> list[str]:
     """The rules that every Hopper kernel of this package keeps, as far as this one breaks them."""
-    broken = [f"no {opcode}" for opcode in ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG") if opcode not in report.counts]
+    broken = [f"no {opcode}" for opcode in (product, "UTMALDG", "UTMASTG", "USETMAXREG") if opcode not in report.counts]
     if report.spill_bytes > spills[0]:
         broken.append(f"{report.spill_bytes} bytes spilled")
     if report.loop_spills > spills[1]:
@@ -263,17 +322,20 @@ def main() -> int:
     if name:
         case = cases()[name]()
         report = compile_offline(name, case.kernel, case.args, case.options)
-        fields = dataclasses.asdict(report) | {"violations": violations(report, case.register_budget, case.spills)}
+        fields = dataclasses.asdict(report) | {
+            "violations": violations(report, case.register_budget, case.spills, case.product)
+        }
         print(json.dumps(fields))
         return 0
     failed = 0
-    print(f"{'kernel':32} {'regs':>4} {'spill':>5} {'smem':>6} {'HGMMA':>5} {'insts':>6}  setmaxnreg")
+    print(f"{'kernel':32} {'regs':>4} {'spill':>5} {'smem':>6} {'GMMA':>5} {'insts':>6}  setmaxnreg")
     with ThreadPoolExecutor(2) as pool:
         for result in pool.map(check, cases()):
             if counts := result.get("counts"):
+                products = counts.get("HGMMA", 0) + counts.get("QGMMA", 0)
                 print(
                     f"{result['name']:32} {result['registers']:4} {result['spill_bytes']:5} {result['shared_bytes']:6} "
-                    f"{counts.get('HGMMA', 0):5} {sum(counts.values()):6}  {sorted(set(result['max_regs']))}"
+                    f"{products:5} {sum(counts.values()):6}  {sorted(set(result['max_regs']))}"
                 )
             for sentence in result["violations"]:
                 failed = 1

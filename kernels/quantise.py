@@ -44,9 +44,9 @@ def _rows_of(x_ptr, batch, head, row, x_batch, x_head, x_row, column, seqlen, he
 @triton.jit
 def rows_kernel(
     x_ptr, to_ptr, scales_ptr, matrix_ptr, x_batch, x_head, x_row, heads, seqlen, blocks, total, head_dim, width,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INCOHERENT: tl.constexpr, HALVES: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INCOHERENT: tl.constexpr, HALVES: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Every program takes blocks of ROWS rows in turn: x [B, H, S, D] -> to [B, H, S, width], scales [B, H, blocks].
+    """A program takes STEPS blocks of ROWS rows in turn: x [B, H, S, D] -> to [B, H, S, width], scales [B, H, blocks].
 
     With HALVES, a row is twice COLUMNS wide: the Hadamard matrix of that size is made of those of its half.
     """
@@ -56,9 +56,11 @@ def rows_kernel(
         matrix = tl.load(at)
         if HALVES:
             matrix2 = tl.load(at + COLUMNS * COLUMNS)
-    for number in range(tl.program_id(0), total, tl.num_programs(0)):
+    for step in range(STEPS):
+        number = tl.program_id(0) * STEPS + step
         flat = number // blocks
-        row = (number % blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        row = number % blocks * ROWS + tl.arange(0, ROWS)
+        row = tl.where(number < total, row, seqlen).to(tl.int64)[:, None]  # past the last block there is nothing
         batch, head = (flat // heads).to(tl.int64), (flat % heads).to(tl.int64)
         x = _rows_of(x_ptr, batch, head, row, x_batch, x_head, x_row, column, seqlen, head_dim)
         to = to_ptr + (flat.to(tl.int64) * seqlen + row) * width + column[None, :]
@@ -76,7 +78,7 @@ def rows_kernel(
                 y = _finite(x)
             scale = _scale_of(y)
         tl.store(to, (y / scale).to(tl.float8e4nv), mask=store)
-        tl.store(scales_ptr + number, scale)
+        tl.store(scales_ptr + number, scale, mask=number < total)
 
 
 @triton.jit
@@ -108,7 +110,7 @@ def values_kernel(
 
 
 def rows_arguments(
-    x: Tensor, to: Tensor, scales: Tensor, matrix, rows: int, sm_count: int | None = None
+    x: Tensor, to: Tensor, scales: Tensor, matrix: Tensor | launch.DeviceInts | None, rows: int
 ) -> tuple[tuple[int, int, int], tuple, dict]:
     """The grid, the arguments and the options of the kernel.
 
@@ -122,12 +124,12 @@ def rows_arguments(
     total = batch * heads * blocks
     halves = matrix is not None and width > _MATRIX
     columns = width // 2 if halves else max(16, triton.next_power_of_2(width))
-    # Each CTA keeps the matrix. More loads in flight than these do not fit beside it.
+    # A program keeps the matrix, if there is work for all multiprocessors. More loads in flight than these do not fit.
+    steps = 8 if matrix is not None and total >= 8 * 132 else 1
     large = rows * width > 64 * 128
-    ctas = total if matrix is None else min(total, (sm_count or _multiprocessors(x.device)) * (2 if large else 4))
-    return (ctas, 1, 1), (
+    return (triton.cdiv(total, steps), 1, 1), (
         x, to, scales, matrix, *x.stride()[:3], heads, seqlen, blocks, total, head_dim, width, rows, columns,
-        matrix is not None, halves,
+        matrix is not None, halves, steps,
     ), {"num_warps": 8 if large else 4, "num_stages": 1 if large else 3}  # fmt: skip
 
 
@@ -148,10 +150,6 @@ def values_arguments(
     return (batch * heads * blocks, 1, 1), (
         v, to, scales, *v.stride()[:3], heads, seqlen, to.shape[3], blocks, head_dim, keys, columns, scales is not None,
     ), {"num_warps": 8 if keys * columns > 128 * 128 else 4}  # fmt: skip
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def matrix_columns(head_dim: int) -> int:

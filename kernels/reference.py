@@ -116,9 +116,12 @@ def attention_fp8_reference(
 
     Args:
         q, k, v: float8_e4m3fn, as there.
-        q_scale: broadcastable to [B, Hq]; k_scale, v_scale: to [B, Hkv].
+        q_scale: broadcastable to [B, Hq] or [B, Hq, Sq]; k_scale, v_scale: to [B, Hkv] or [B, Hkv, Sk].
     """
-    q, k, v = (x.float() * s[..., None, None] for x, s in ((q, q_scale), (k, k_scale), (v, v_scale)))
+    q, k, v = (
+        x.float() * (s if s.ndim == 3 else s[..., None])[..., None]
+        for x, s in ((q, q_scale), (k, k_scale), (v, v_scale))
+    )
     out, lse = attention_reference(q, k, v, bias, mask, rounded=True, **options)
     return out.to(out_dtype), lse
 

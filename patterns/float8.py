@@ -11,7 +11,7 @@ from .algebra import Algebra, Opaque
 from .indices import Index, broadcast_index, shape_exprs
 from .layouts import layout_step, packet, rank, tensor
 from .operands import Roles
-from .spec import Float8, Float8Operand, Operand
+from .spec import Float8, Float8Operand, Operand, Repeat
 
 aten = torch.ops.aten
 E4M3 = torch.float8_e4m3fn
@@ -32,7 +32,7 @@ def read_float8(
     algebra: Algebra, roles: Roles, q: tuple[Node, Index], k: tuple[Node, Index], v: tuple[Node, Index],
     scale: sympy.Expr,
 ) -> tuple[Float8 | None, str]:  # fmt: skip
-    """The 8-bit tensors that q, k and v are dequantised from, and their scales, which may differ by batch and head.
+    """The 8-bit tensors that q, k and v are dequantised from, and their scales, which may differ by all but head_dim.
 
     Returns:
         None where they are not all such tensors; then a sentence says why not, if one of them is.
@@ -49,7 +49,7 @@ def read_float8(
         else:
             found[name] = _arranged(roles, sources, *axes[name])
             if found[name] is None:
-                why[name] = f"{name}'s scale differs along the sequence or head_dim, or its axes are of another order"
+                why[name] = f"{name}'s scale differs along head_dim, or its axes are of another order"
     if not found:
         return None, ""
     if why:
@@ -110,15 +110,26 @@ def _with_scale(algebra: Algebra, source: _Source, scale: object, index: Index, 
 
 
 def _arranged(roles: Roles, sources: list[_Source], row: sympy.Expr, column: sympy.Expr) -> Float8Operand | None:
-    """The innermost of them whose axes are those of an attention, if its scales have but batch and heads."""
+    """The innermost of them whose axes are those of an attention, if its scales have none of head_dim."""
     for source in reversed(sources):
         operand = roles.group(source.node, source.index, row, column)
-        scales = [(_of_heads(roles, node, index, row, column), inverse) for node, index, inverse in source.scales]
+        scales = [(_of_rows(roles, node, index, row, column), inverse) for node, index, inverse in source.scales]
         if operand is not None and all(scale is not None for scale, _ in scales) and source.factor.is_finite:
             return Float8Operand(operand, tuple(scales), float(source.factor))
     return None
 
 
-def _of_heads(roles: Roles, node: Node, index: Index, row: sympy.Expr, column: sympy.Expr) -> Operand | None:
+def _of_rows(roles: Roles, node: Node, index: Index, row: sympy.Expr, column: sympy.Expr) -> Operand | None:
+    """A scale as an operand without head_dim; one for each n rows is repeated n times."""
+    shape = shape_exprs(tensor(node))
+    for axis, (entry, size) in enumerate(zip(index, shape, strict=True)):
+        if isinstance(entry, sympy.floor) and row in entry.free_symbols:
+            block = sympy.cancel(row / entry.args[0])
+            if not block.is_Integer or sympy.expand(block * size - roles.space.size(row)) != 0:
+                return None
+            per_head = _of_rows(roles, node, (*index[:axis], sympy.Integer(0), *index[axis + 1 :]), row, column)
+            if per_head is None or per_head.shape is not None or per_head.groups[2]:
+                return None
+            return dataclasses.replace(per_head, groups=(*per_head.groups[:2], (axis, Repeat(block)), ()))
     operand = roles.group(node, index, row, column)
-    return operand if operand is not None and operand.groups[2:] == ((), ()) else None
+    return operand if operand is not None and not operand.groups[3] else None

@@ -150,6 +150,7 @@ def reshape_index(space: Space, index: Index, shape: Sequence[Size], source_shap
         linear: sympy.Expr = ZERO
         for axis in here:
             linear = linear * shape[axis] + index[axis]
+        linear = rejoined(linear) if len(here) > 1 else linear
         part: list[sympy.Expr] = []
         for axis in reversed(there[1:]):
             linear, remainder = space.divmod(linear, source_shape[axis])
@@ -157,6 +158,17 @@ def reshape_index(space: Space, index: Index, shape: Sequence[Size], source_shap
         part.append(linear)
         result += reversed(part)
     return tuple(result)
+
+
+def rejoined(expr: sympy.Expr) -> sympy.Expr:
+    """``expr`` with what `Space.divmod` has taken apart put together: n * floor(x / n) + x % n is x."""
+    for remainder in expr.atoms(sympy.Mod):
+        whole, divisor = remainder.args
+        expanded = sympy.expand(expr)
+        quotient, coefficient = sympy.floor(whole / divisor), expanded.coeff(remainder)
+        if coefficient != 0 and sympy.expand(expanded.coeff(quotient) - coefficient * divisor) == 0:
+            expr = sympy.expand(expanded - coefficient * (divisor * quotient + remainder) + coefficient * whole)
+    return expr
 
 
 def _smaller(a: sympy.Expr, b: sympy.Expr) -> bool:

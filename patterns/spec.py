@@ -91,7 +91,7 @@ class Term:
 class Float8Operand:
     """A tensor in float8_e4m3fn that an operand is ``factor`` times, and times (divided by, if True) every scale.
 
-    Scales have a batch and a head axis, or neither.
+    Scales have some of the operand's axes, but not head_dim.
     """
 
     operand: Operand

@@ -459,7 +459,17 @@ def test_explain_passes_exceptions_on():
 # Settings.
 
 
-@pytest.mark.parametrize("name, value", [("target", "cpu"), ("empty_rows", "zero"), ("enabled", 1), ("dump_dir", 1)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("target", "cpu"),
+        ("empty_rows", "zero"),
+        ("enabled", 1),
+        ("dump_dir", 1),
+        ("fp8", "on"),
+        ("fp8_incoherent_seed", True),
+    ],
+)
 def test_settings_are_checked(name, value):
     with pytest.raises(ValueError, match=f"config.{name} is .*, got {value!r}"):
         setattr(config, name, value)

@@ -56,7 +56,7 @@ def test_a_good_report_breaks_no_rule():
         ),
         (dict(loop_spills=9), "9 accesses to spilled registers in a loop of matrix products"),
         (dict(shared_bytes=240_000), "240000 bytes of shared memory"),
-        (dict(counts={"UTMALDG": 6, "UTMASTG": 2, "USETMAXREG": 4}), "no HGMMA"),
+        (dict(counts={"QGMMA": 9, "UTMALDG": 6, "UTMASTG": 2, "USETMAXREG": 4}), "no HGMMA"),
         (dict(warnings=["C7510: wgmma serialized"]), "C7510: wgmma serialized"),
         (dict(max_regs=[120, 240, 40, 224, 256]), "setmaxnreg [40, 120, 224, 240, 256] for a budget of [24, 240]"),
         (dict(max_regs=[120, 240, 24, 224, 256]), "setmaxnreg [24, 120, 224, 240, 256] for a budget of [24, 240]"),
@@ -72,6 +72,10 @@ def test_limits_of_a_case():
     assert len(offline.violations(report, {240, 24})) == 2
     assert offline.violations(report, {240, 24}, (448, 20)) == []
     assert len(offline.violations(report, {240, 24}, (447, 19))) == 2
+
+
+def test_a_kernel_in_8_bits_has_other_products():
+    assert offline.violations(GOOD, {240, 24}, product="QGMMA") == ["no QGMMA"]
 
 
 def code(*lines):
@@ -105,6 +109,7 @@ WRITES = [
     "SHFL.BFLY PT, R25, R1, 0x1, 0x1f",
     "CS2R R24, SRZ",
     "HGMMA.64x16x16.F32.BF16 R20, gdesc[UR8], RZ, !UPT",
+    "QGMMA.64x16x32.F32.E4M3.E4M3 R20, gdesc[UR8], RZ, !UPT",
 ]
 READS = [
     "FADD R28, R24, R25",

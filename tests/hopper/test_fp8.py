@@ -88,13 +88,16 @@ def test_of_float8_operands(seed):
         return
     pick = random.Random(seed)
     q, k, v = (x.to(E4M3) for x in (q, k, v))
-    b, hq, hkv = q.shape[0], q.shape[1], k.shape[1]
-    one_of = lambda heads: torch.rand(pick.choice([(1, 1), (b, heads), (1, heads), (b, 1)]), device="cuda") * 2 + 0.1  # noqa: E731
-    scales = [one_of(hq), one_of(hkv), one_of(hkv)]
+    b = q.shape[0]
+    shapes = lambda x: [(1, 1), (b, x.shape[1]), (1, x.shape[1]), (b, 1)]  # noqa: E731
+    if seed % 3 == 0:  # scales of single tokens
+        shapes = lambda x: [(1, 1), (b, x.shape[1], 1), (b, x.shape[1], x.shape[2]), (1, 1, x.shape[2])]  # noqa: E731
+    scales = [torch.rand(pick.choice(shapes(x)), device="cuda") * 2 + 0.1 for x in (q, k, v)]
     scales[pick.randrange(3)].mul_(pick.choice([1, -1]))
     dtype = pick.choice([torch.bfloat16, torch.float16])
     out, lse = attention_fp8(q, k, v, *scales, **options, out_dtype=dtype)
-    double = [x.double() * s.double()[..., None, None] for x, s in zip((q, k, v), scales)]
+    by_row = [s if s.ndim == 3 else s[..., None] for s in scales]
+    double = [x.double() * s.double()[..., None] for x, s in zip((q, k, v), by_row)]
     of_double = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in options.items()}
     exact, exact_lse = attention_reference(*double, **of_double)
     reference, _ = attention_fp8_reference(q, k, v, *scales, **options, out_dtype=dtype)

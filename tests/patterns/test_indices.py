@@ -7,7 +7,14 @@ import pytest
 import sympy
 import torch
 
-from fa3_inductor.patterns.indices import Space, broadcast_index, is_nonnegative, reshape_index, shape_exprs
+from fa3_inductor.patterns.indices import (
+    Space,
+    broadcast_index,
+    is_nonnegative,
+    rejoined,
+    reshape_index,
+    shape_exprs,
+)
 
 
 def symbols(space, shape):
@@ -117,3 +124,13 @@ def test_broadcast_index(shape):
     for concrete, where in everywhere(index, (2, 3, 4)):
         at = tuple(int(sympy.sympify(e).xreplace(where)) for e in found)
         assert source[at] == source.expand(2, 3, 4)[concrete]
+
+
+def test_an_axis_that_was_split_is_joined_again():
+    space = Space()
+    i, j = space.symbol("i", sympy.Integer(60)), space.symbol("j", sympy.Integer(4))
+    quotient, remainder = space.divmod(i, sympy.Integer(7))
+    assert rejoined(7 * quotient + remainder) == i
+    assert rejoined(3 * (7 * quotient + remainder) + j) == 3 * i + j
+    for other in (7 * quotient + 2 * remainder, 6 * quotient + remainder, remainder, quotient):
+        assert rejoined(other) == other

@@ -1,0 +1,233 @@
+"""Attention on float8_e4m3fn tensors as graphs spell it: planned for a Hopper GPU, computed by the specification."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import fa3_inductor
+from fa3_inductor import config, plan
+
+from .harness import fuse
+
+E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
+B, H, HKV, S, D = 2, 4, 2, 64, 32
+
+
+@pytest.fixture(autouse=True)
+def as_on_hopper(monkeypatch):
+    monkeypatch.setattr(plan, "_not_hopper", lambda device: None)
+    torch.manual_seed(0)
+
+
+def eight_bits(*shape: int) -> Tensor:
+    return torch.randn(shape).to(E4M3)
+
+
+def qkv(heads: int = H) -> list[Tensor]:
+    return [eight_bits(B, H, S, D), eight_bits(B, heads, S, D), eight_bits(B, heads, S, D)]
+
+
+def scale(*shape: int) -> Tensor:
+    return torch.rand(shape) + 0.5
+
+
+def sdpa(q, k, v, a, b, c):
+    q, k, v = ((x.to(BF16) * s).to(BF16) for x, s in ((q, a), (k, b), (v, c)))
+    return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def divided(q, k, v, a, b, c):
+    q, k, v = (q.float() / a).to(BF16), k.to(BF16) * b.to(BF16), (v.float() * c).to(BF16)
+    return torch.softmax(q @ k.mT * 0.2, -1) @ v
+
+
+def scaled_afterwards(q, k, v, a, b, c):
+    scores = (q.to(BF16) @ k.to(BF16).mT).float() * (a * b * 0.18)
+    return (torch.softmax(scores, -1).to(BF16) @ v.to(BF16)) * c
+
+
+def negative(q, k, v, a, b, c):
+    return scaled_dot_product_attention(q.to(BF16) * -0.5, (k.to(BF16) * -b).to(BF16), v.to(BF16), scale=-0.3)
+
+
+def repeated(q, k, v, a, b, c):
+    k, v = ((x.to(BF16) * s.to(BF16)).repeat_interleave(H // HKV, 1) for x, s in ((k, b), (v, c)))
+    return scaled_dot_product_attention(q.to(BF16), k, v)
+
+
+def grouped(q, k, v, a, b, c):
+    q, k, v = ((x.to(BF16) * s.to(BF16)) for x, s in ((q, a), (k, b), (v, c)))
+    return scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def heads_inside(q, k, v, a, b, c):
+    q, k, v = ((x.to(torch.float16) * s.half()).transpose(1, 2) for x, s in ((q, a), (k, b), (v, c)))
+    return scaled_dot_product_attention(q, k, v)
+
+
+def by_blocks(q, k, v, a, b, c):
+    q, k, v = (
+        (x.unflatten(2, (-1, 16)).float() * s[..., None, None]).to(BF16).flatten(2, 3)
+        for x, s in ((q, a), (k, b), (v, c))
+    )
+    return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def in_float32(q, k, v, a, b, c):
+    return scaled_dot_product_attention(q.float() * a, k.float() * b, v.float() * c)
+
+
+def plain(q, k, v, a, b, c):
+    mask = torch.ones(S, S, dtype=torch.bool, device=q.device).tril(3)
+    scores = (q.to(BF16) @ k.to(BF16).mT * 0.1).masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1) @ v.to(BF16)
+
+
+FORMS = {  # what is computed, of what
+    "a tensor each": lambda: (sdpa, *qkv(), scale(), scale(1), scale(1, 1, 1, 1)),
+    "by head": lambda: (sdpa, *qkv(), scale(1, H, 1, 1), scale(H, 1, 1), scale(B, H, 1, 1)),
+    "by batch": lambda: (sdpa, *qkv(), scale(B, 1, 1, 1), scale(), scale()),
+    "by token": lambda: (sdpa, *qkv(), scale(B, H, S, 1), scale(S, 1), scale(B, 1, S, 1)),
+    "values by token": lambda: (sdpa, *qkv(), scale(), scale(1, H, 1, 1), scale(B, H, S, 1)),
+    "by block": lambda: (by_blocks, *qkv(), *(scale(B, H, S // 16) for _ in "qkv")),
+    "divided": lambda: (divided, *qkv(), scale(), scale(H, 1, 1), scale()),
+    "scaled afterwards": lambda: (scaled_afterwards, *qkv(), scale(), scale(), scale()),
+    "negative": lambda: (negative, *qkv(), scale(), scale(), scale()),
+    "repeated": lambda: (repeated, *qkv(HKV), scale(), scale(B, HKV, 1, 1), scale(1, HKV, 1, 1)),
+    "grouped": lambda: (grouped, *qkv(HKV), scale(1, H, 1, 1), scale(B, HKV, 1, 1), scale()),
+    "heads inside": lambda: (
+        heads_inside, *(x.transpose(1, 2).contiguous() for x in qkv()), scale(), scale(H, 1), scale(1, 1, H, 1),
+    ),
+    "float32": lambda: (in_float32, *qkv(), scale(), scale(), scale()),
+    "no scales": lambda: (plain, *qkv(), scale(), scale(), scale()),
+}  # fmt: skip
+
+
+def exactly(fn, *args):
+    """The attention in float32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "BF16", torch.float32)
+        return fn(*(x.float() if x.dtype == torch.bfloat16 else x for x in args)).double()
+
+
+def distance(x: Tensor, exact: Tensor) -> float:
+    return ((x.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_graph(name):
+    fn, *args = FORMS[name]()
+    compiled, report = fuse(fn)
+    out = compiled(*args)
+    (site,) = report.sites
+    assert (site.target, site.dtype) == ("hopper", "float8_e4m3fn"), site.verdict
+    assert site.kernel.startswith("attention_fp8[float8_e4m3fn, d32") and out.dtype == fn(*args).dtype
+    assert distance(out, exactly(fn, *args)) < 0.04
+
+
+def with_bf16_queries(q, k, v):
+    return scaled_dot_product_attention(q, k.to(BF16) * 0.5, v.to(BF16) * 0.5)
+
+
+def plainly(q, k, v):
+    return scaled_dot_product_attention(q.to(BF16), k.to(BF16), v.to(BF16))
+
+
+def of_channels(q, k, v):
+    return scaled_dot_product_attention(q.to(BF16), k.to(BF16), v.to(BF16) * torch.arange(D, device=q.device).to(BF16))
+
+
+@pytest.mark.parametrize(
+    "fn, first, why",
+    [
+        (with_bf16_queries, torch.randn(B, H, S, D).bfloat16(), "q is bfloat16"),
+        (plainly, torch.randn(B, H, S, D).to(torch.float8_e5m2), "q is float8_e5m2"),
+        (of_channels, eight_bits(B, H, S, D), "v's scale differs along head_dim"),
+    ],
+)
+def test_what_stays_in_16_bits(fn, first, why):
+    args = [first, *qkv()[1:]]
+    compiled, report = fuse(fn)
+    out = compiled(*args)
+    (site,) = report.sites
+    assert site.kernel.startswith("attention_forward[bfloat16") and why in site.detail, site.detail
+    assert distance(out, exactly(fn, *args)) < 0.01
+
+
+def test_head_dims_that_tma_cannot_address():
+    args = [x[..., :24].contiguous() for x in qkv()]
+    compiled, report = fuse(plainly)
+    compiled(*args)
+    assert "head_dim 16, 32" in report.sites[0].detail and report.sites[0].dtype == "bfloat16"
+
+
+def test_a_scale_that_needs_a_gradient():
+    args = [*qkv(), *(scale().requires_grad_() for _ in "qkv")]
+    compiled, report = fuse(sdpa)
+    grads = torch.autograd.grad(compiled(*args).float().sum(), args[3:])
+    assert "it has no gradient" in report.sites[0].detail
+    for got, want in zip(grads, torch.autograd.grad(sdpa(*args).float().sum(), args[3:])):
+        torch.testing.assert_close(got, want, rtol=0.1, atol=1.0)
+
+
+def written_out(q, k, v):
+    scores = (q @ k.mT * 0.2).float()
+    return torch.softmax(scores, -1).to(q.dtype) @ v
+
+
+@pytest.mark.parametrize("seed", [0, 5, None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_quantize(seed, dtype):
+    q, k, v = torch.randn(3, B, H, S, D, dtype=dtype).unbind()
+    q[0, 0, 3, 3] = 50.0
+    with config.patch(fp8="quantize", fp8_incoherent_seed=seed):
+        compiled, report = fuse(written_out)
+        out = compiled(q, k, v)
+    (site,) = report.sites
+    assert site.kernel == "attention_quantised[float8_e4m3fn, d32, full]" and site.dtype == "float8_e4m3fn"
+    assert out.dtype == dtype and 1e-3 < distance(out, written_out(q.double(), k.double(), v.double())) < 0.07
+
+
+def test_quantize_is_for_inference_in_16_bits():
+    for args, why in (
+        ([x.requires_grad_() for x in torch.randn(3, B, H, S, D).bfloat16().unbind()], "it has no gradient"),
+        (list(torch.randn(3, B, H, S, D).unbind()), "float32 is not rounded to 8 bits"),
+    ):
+        with config.patch(fp8="quantize"):
+            compiled, report = fuse(written_out)
+            compiled(*args)
+        (site,) = report.sites
+        assert site.status == "fused" and site.dtype != "float8_e4m3fn" and why in site.detail, site.detail
+
+
+def test_off():
+    fn, *args = FORMS["by head"]()
+    with config.patch(fp8="off"):
+        compiled, report = fuse(fn)
+        compiled(*args)
+    assert report.sites[0].kernel.startswith("attention_forward[bfloat16") and not report.sites[0].detail
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("fp8", ["graph", "quantize"])
+def test_through_inductor(fp8, dynamic):
+    torch._dynamo.reset()
+    args = [*qkv(), scale(), scale(1, H, 1, 1), scale()]
+    fn = sdpa
+    if fp8 == "quantize":
+        fn, args = written_out, list(torch.randn(3, B, H, S, D).bfloat16().unbind())
+    with config.patch(fp8=fp8), torch.no_grad():
+        compiled = torch.compile(fn, backend="fa3_inductor", dynamic=dynamic, options={"target": "reference"})
+        for length in (S, S - 7):
+            short = [x[:, :, :length].contiguous() if x.ndim == 4 and x.shape[2] == S else x for x in args]
+            out = compiled(*short)
+            assert 1e-3 < distance(out, exactly(fn, *short)) < 0.07
+
+
+def test_on_a_cpu_nothing_is_in_8_bits(monkeypatch):
+    monkeypatch.undo()
+    fn, *args = FORMS["by head"]()
+    with config.patch(fp8="quantize"):
+        report = fa3_inductor.explain(fn, *args)
+    assert report.sites[0].target == "sdpa" and report.sites[0].dtype == "bfloat16"

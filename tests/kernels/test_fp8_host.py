@@ -1,0 +1,110 @@
+"""The host side of the FP8 kernel: what it takes, its tiles and its operators. No GPU needed."""
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fa3_inductor import ops  # noqa: E402, F401  (registers the operators)
+from fa3_inductor.kernels import fp8, offline  # noqa: E402
+from fa3_inductor.kernels.reference import attention_fp8_reference, attention_reference  # noqa: E402
+
+E4M3 = torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("head_dim", range(8, 264, 8))
+@pytest.mark.parametrize("largest", [128, 256])
+def test_parts_hold_a_head_dim(head_dim, largest):
+    parts = fp8.parts(head_dim, largest)
+    assert sum(parts) >= head_dim and len(parts) <= 2 and all(32 <= n <= largest and n & (n - 1) == 0 for n in parts)
+    assert len(parts) == 1 or parts[0] < head_dim  # no part is empty
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 192, 256])
+def test_tiles(head_dim):
+    for with_terms in (False, True):
+        tile = fp8.tile_for(head_dim, 8, with_terms)
+        assert tile == fp8.tile_for(16, head_dim, with_terms)
+        pool = 128 * tile.consumers * tile.consumer_regs + 128 * tile.producer_regs
+        assert pool <= 64 * 1024 and tile.block_n % 64 == 0
+
+
+@pytest.mark.parametrize(
+    "q, k, v, quantised, sentence",
+    [
+        ((1, 4, 9, 64), (1, 2, 9, 64), (1, 2, 9, 24), False, None),
+        ((1, 4, 9, 24), (1, 2, 9, 24), (1, 2, 9, 24), True, None),
+        ((1, 4, 9, 24), (1, 2, 9, 24), (1, 2, 9, 24), False, "the FP8 kernel has head_dim 16, 32, ... 256, not 24"),
+        ((1, 4, 9, 264), (1, 2, 9, 264), (1, 2, 9, 64), True, "the Hopper kernel has head_dim 8, 16, ... 256, not 264"),
+        (
+            (1, 4, 9, 64),
+            (1, 3, 9, 64),
+            (1, 3, 9, 64),
+            False,
+            "3 key and 3 value heads do not divide 4 query heads evenly",
+        ),
+    ],
+)
+def test_supports(q, k, v, quantised, sentence):
+    assert fp8.supports(q, k, v, quantised=quantised) == sentence
+
+
+def test_every_case_has_blocks_where_it_says_so():
+    for name, make in offline.cases().items():
+        if name.startswith("fp8"):
+            case = make()
+            flags = dict(zip((p.name for p in fp8.fp8_kernel.params), case.args))
+            assert flags["BLOCKS"] == ("blocks" in name) and (flags["tokens"] is not None) == ("tokens" in name)
+
+
+def qkv(b=2, hq=4, hkv=2, sq=20, sk=36, d=16, dv=24):
+    torch.manual_seed(0)
+    return [torch.randn(b, h, s, n).to(E4M3) for h, s, n in ((hq, sq, d), (hkv, sk, d), (hkv, sk, dv))]
+
+
+SCALES = {"": (1, 1), "head": (1, -1), "all": (2, -1), "token": (2, -1, 0)}
+
+
+def scale_of(kind, x):
+    sizes = {-1: x.shape[1], 0: x.shape[2]}
+    return torch.rand([sizes.get(n, n) for n in SCALES[kind]]) + 0.5
+
+
+@pytest.mark.parametrize("kinds", itertools.product(SCALES, ("", "token")))
+def test_reference_dequantises(kinds):
+    q, k, v = qkv()
+    scales = [scale_of(kind, x) for kind, x in zip((kinds[0], kinds[1], kinds[0]), (q, k, v))]
+    out, lse = attention_fp8_reference(q, k, v, *scales, scale=0.3, window_right=3)
+    whole = (x.double() * (s if s.ndim == 3 else s[..., None])[..., None] for x, s in zip((q, k, v), scales))
+    exact, exact_lse = attention_reference(*whole, scale=0.3, window_right=3)
+    assert out.dtype == torch.bfloat16 and 1e-3 < (out - exact).norm() / exact.norm() < 0.04
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SCALES)
+def test_opcheck_fp8(kind):
+    operands = qkv()
+    scales = (scale_of(kind, x) for x in operands)
+    args = (*operands, *scales, torch.randn(4, 1, 36), None, 0.3, None, 2, "reference", torch.bfloat16)
+    # Without the check of the schema, which multiplies the operands.
+    parts = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.fa3.attention_fp8.default, args, test_utils=parts)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_opcheck_quantised(seed, layout):
+    operands = [x.to(torch.bfloat16) for x in qkv()]
+    if layout == "bshd":
+        operands = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in operands]
+    args = (*operands, None, torch.rand(20, 36) > 0.3, 0.3, 30, None, "reference", seed, 20.0, torch.randn(4))
+    torch.library.opcheck(torch.ops.fa3.attention_quantised.default, args)
+
+
+def test_there_is_no_gradient():
+    q, k, v = (x.float().requires_grad_() for x in qkv())
+    out, _ = torch.ops.fa3.attention_quantised(q, k, v, None, None, 0.3, None, None, "reference", 0)
+    with pytest.raises(NotImplementedError, match="attention in FP8 has no gradient"):
+        out.sum().backward()
