@@ -25,7 +25,7 @@ def attention_reference(
     sinks: Tensor | None = None,
     kept: Tensor | None = None,
     keep_scale: float = 1.0,
-    rounded: bool = False,
+    rounded: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(cap(scale * q @ k^T) + bias) @ v over the visible keys, with cap(x) = softcap * tanh(x / softcap).
 
@@ -38,7 +38,7 @@ def attention_reference(
         softcap: None for none (Gemma Team, 2024, arXiv:2408.00118, section 2).
         sinks: [Hq], one more score in every row of a head, which has no value.
         kept: bool [B, Hq, Sq, Sk], for dropout: the weights that are kept, which are multiplied by keep_scale.
-        rounded: whether v is weighted with what float8_e4m3fn makes of 2^8 times the weights, as in the FP8 kernel.
+        rounded: [B, Hkv, Sk], for FP8: v is weighted with what float8_e4m3fn makes of 2^8 times this times the weights.
 
     Returns:
         out [B, Hq, Sq, Dv] of q's dtype, and lse [B, Hq, Sq], the natural log of the sum of exp of each row's scores,
@@ -56,7 +56,9 @@ def attention_reference(
     if kept is not None:
         whole = torch.nn.functional.pad(kept, (0, weights.shape[-1] - kept.shape[-1]))
         weights = weights * whole * keep_scale
-    if rounded:
+    if rounded is not None:
+        factor = torch.nn.functional.pad(rounded, (0, weights.shape[-1] - rounded.shape[-1]))
+        weights = weights * factor.repeat_interleave(q.shape[1] // factor.shape[1], 1).unsqueeze(2)
         weights = (weights * 2**8).to(torch.float8_e4m3fn).to(weights.dtype) / 2**8
     out = weights @ _per_query_head(v, q).to(scores.dtype) / total.masked_fill(total == 0, 1.0)
     return out.to(q.dtype), (peak + total.log()).squeeze(-1)
@@ -114,15 +116,18 @@ def attention_fp8_reference(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`attention_reference` of q * q_scale, k * k_scale and v * v_scale, with rounded weights.
 
+    Where v_scale differs from key to key, weights are multiplied by it, and rounded then.
+
     Args:
         q, k, v: float8_e4m3fn, as there.
         q_scale: broadcastable to [B, Hq] or [B, Hq, Sq]; k_scale, v_scale: to [B, Hkv] or [B, Hkv, Sk].
     """
-    q, k, v = (
-        x.float() * (s if s.ndim == 3 else s[..., None])[..., None]
-        for x, s in ((q, q_scale), (k, k_scale), (v, v_scale))
-    )
-    out, lse = attention_reference(q, k, v, bias, mask, rounded=True, **options)
+    by_row = (s if s.ndim == 3 else s[..., None] for s in (q_scale, k_scale, v_scale))
+    q_scale, k_scale, v_scale = (s.expand(x.shape[:3]) for x, s in zip((q, k, v), by_row))
+    largest = v_scale.abs().amax(2, keepdim=True)
+    factor = v_scale / largest.masked_fill(largest == 0, 1.0)
+    q, k, v = (x.float() * s[..., None] for x, s in ((q, q_scale), (k, k_scale), (v, largest)))
+    out, lse = attention_reference(q, k, v, bias, mask, rounded=factor, **options)
     return out.to(out_dtype), lse
 
 
@@ -142,7 +147,7 @@ def attention_quantised_reference(
         more = (matrix[0] @ matrix[0]).item()
     q, k, v = (_dequantised(*rounded_to_e4m3(x, n), n) for x, n in ((q, rows), (k, keys), (v, keys)))
     options["scale"] /= more
-    out, lse = attention_reference(q, k, v, bias, mask, rounded=True, **options)
+    out, lse = attention_reference(q, k, v, bias, mask, rounded=torch.ones_like(v[..., 0]), **options)
     return out.to(dtype), lse
 
 

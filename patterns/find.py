@@ -449,11 +449,13 @@ def _splits(space: Space, view: _View) -> dict[sympy.Symbol, sympy.Expr]:
         while step is not None:
             indices.append(step[1])
             step = layout_step(space, *step)
+    of_terms: list[Index] = []
     for term in view.scores.terms:
         step = (term.node, term.index)
         while step is not None:
-            indices.append(step[1])
+            of_terms.append(step[1])
             step = layout_step(space, *step)
+    indices += of_terms
     for index in indices:
         for entry in index:
             for part in entry.atoms(sympy.floor, sympy.Mod):
@@ -464,7 +466,11 @@ def _splits(space: Space, view: _View) -> dict[sympy.Symbol, sympy.Expr]:
                     whole = sympy.cancel(size / divisor)
                     if sympy.denom(whole) == 1 and inner not in found:
                         found[inner] = divisor
-    return {s: n for s, n in found.items() if not _is_group(view, s)}
+    # A mask that is the same for every n-th (a window of an image) is no matter of groups.
+    remainders = {
+        s for index in of_terms for entry in index for mod in entry.atoms(sympy.Mod) for s in mod.free_symbols
+    }
+    return {s: n for s, n in found.items() if s in remainders or not _is_group(view, s)}
 
 
 def _is_group(view: _View, symbol: sympy.Symbol) -> bool:

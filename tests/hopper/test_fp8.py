@@ -243,7 +243,7 @@ def test_bad_input():
     one = torch.ones(1, 1, device="cuda")
     with pytest.raises(ValueError, match="q, k and v are torch.float8_e4m3fn"):
         attention_fp8(q.to(torch.float8_e5m2), k, v, one, one, one, scale=0.1)
-    with pytest.raises(ValueError, match=r"q_scale \[3, 1\] does not broadcast to \[1, 2\]"):
+    with pytest.raises(ValueError, match=r"q_scale \[3, 1\] does not broadcast to \[1, 2, 64\]"):
         attention_fp8(q, k, v, torch.ones(3, 1, device="cuda"), one, one, scale=0.1)
     with pytest.raises(ValueError, match="k_scale is float32, not torch.float64"):
         attention_fp8(q, k, v, one, one.double(), one, scale=0.1)
