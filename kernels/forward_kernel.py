@@ -420,6 +420,26 @@ def _skip(
 
 
 @gluon.jit
+def _finish_rows(
+    l_i, top, sinks_ptr, lse_ptr, head, flat, row0, seqlen_q, SINKS: gl.constexpr, rows_layout: gl.constexpr
+):  # fmt: skip
+    """Stores the rows' log-sum-exp, `top` being their maximum in units of log 2. Returns what O is to be scaled by."""
+    total = gl.convert_layout(gl.sum(l_i, 1), rows_layout, assert_trivial=True)
+    factor = gl.full([ROWS], 1.0, gl.float32, rows_layout)
+    if SINKS:
+        sink = gl.load(sinks_ptr + head).to(gl.float32) * LOG2E
+        peak = gl.maximum(top, sink)
+        peak = gl.where(peak == float("-inf"), 0.0, peak)
+        factor = gl.exp2(top - peak)
+        total = total * factor + gl.exp2(sink - peak)
+        top = peak
+    lse = (top + gl.log2(total)) * LN2
+    rows = row0 + gl.arange(0, ROWS, rows_layout)
+    gl.store(lse_ptr + flat.to(gl.int64) * seqlen_q + rows, lse, mask=rows < seqlen_q)
+    return factor / gl.where(total == 0.0, 1.0, total)
+
+
+@gluon.jit
 def _store(descs, o, smem, slot, batch, head, row):
     """Sends the parts of O off by TMA, by way of shared memory."""
     o_smem = _at(smem, slot)
@@ -546,25 +566,15 @@ def _consume(
         mbarrier.wait(v_full.index(v_slot), ((it - 1) // STAGES) & 1)
         p = _unpack(packed, dtype, p_layout)
         o = _accumulate(p, _at(v_smem, v_slot), o)
-        total = gl.convert_layout(gl.sum(l_i, 1), rows_layout, assert_trivial=True)
-        top = m_i * (1.0 if SCALED else scale)
-        factor = gl.full([ROWS], 1.0, gl.float32, rows_layout)
-        if SINKS:
-            sink = gl.load(sinks_ptr + head).to(gl.float32) * LOG2E
-            peak = gl.maximum(top, sink)
-            peak = gl.where(peak == float("-inf"), 0.0, peak)
-            factor = gl.exp2(top - peak)
-            total = total * factor + gl.exp2(sink - peak)
-            top = peak
-        lse = (top + gl.log2(total)) * LN2
-        rows = row0 + gl.arange(0, ROWS, rows_layout)
-        gl.store(lse_ptr + flat.to(gl.int64) * seqlen_q + rows, lse, mask=rows < seqlen_q)
+        factor = _finish_rows(
+            l_i, m_i * (1.0 if SCALED else scale), sinks_ptr, lse_ptr, head, flat, row0, seqlen_q, SINKS, rows_layout
+        )
         o = _wait(o, p)
         _arrive(V_EMPTY + v_slot, THREADS)
         it = _skip(it, first - tile_first, k_full, v_full, WG, CONSUMERS, STAGES, PING_PONG)
         if DROPOUT:
             factor = factor * keep_scale
-        o = _rescale_parts(o, factor / gl.where(total == 0.0, 1.0, total))
+        o = _rescale_parts(o, factor)
         if SHARED_O:
             _store(o_descs, o, q_smem, WG, batch, head, row0)
             tma.store_wait(0)

@@ -23,13 +23,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fa3_inductor.kernels.forward_kernel import (
     K_EMPTY,
-    LN2,
-    LOG2E,
     ROWS,
     V_EMPTY,
     _arrive,
     _at,
     _barriers,
+    _finish_rows,
     _full_end,
     _kv_range,
     _load_terms,
@@ -266,20 +265,10 @@ def _consume(
         mbarrier.arrive(q_empty.index(WG), count=1)
         it = _skip(it, first - tile_first, k_full, v_full, WG, CONSUMERS, STAGES, False)
 
-        total = gl.convert_layout(gl.sum(l_i, 1), rows_layout, assert_trivial=True)
-        top = m_i - SHIFT
-        factor = gl.full([ROWS], 1.0, gl.float32, rows_layout)
-        if SINKS:
-            sink = gl.load(sinks_ptr + head).to(gl.float32) * LOG2E
-            peak = gl.maximum(top, sink)
-            peak = gl.where(peak == float("-inf"), 0.0, peak)
-            factor = gl.exp2(top - peak)
-            total = total * factor + gl.exp2(sink - peak)
-            top = peak
-        lse = (top + gl.log2(total)) * LN2
-        rows = row0 + gl.arange(0, ROWS, rows_layout)
-        gl.store(lse_ptr + flat.to(gl.int64) * seqlen_q + rows, lse, mask=rows < seqlen_q)
-        o = _rescale_parts(o, factor * now[2] / gl.where(total == 0.0, 1.0, total))
+        factor = _finish_rows(
+            l_i, m_i - SHIFT, sinks_ptr, lse_ptr, head, flat, row0, seqlen_q, SINKS, rows_layout
+        )  # fmt: skip
+        o = _rescale_parts(o, factor * now[2])
         tma.store_wait(0)
         _store(o_descs, o, o_smem, WG, batch, head, row0)
     tma.store_wait(0)
