@@ -339,7 +339,12 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
         if not whole:
             left = _window_edge(emit, spec, spec.mask.window_left, -1, q, k)
             right = _window_edge(emit, spec, spec.mask.window_right, 1, q, k)
-        sinks = None if spec.sinks is None else emit.call("reshape", emit.operand(spec.sinks), -1)
+        sinks = None
+        if isinstance(spec.sinks, float):
+            like = dict(dtype=torch.float32, device=fake_value(q).device)
+            sinks = emit.call(torch.full, (emit.size(q, 1),), spec.sinks, **like)
+        elif spec.sinks is not None:
+            sinks = emit.call("reshape", emit.operand(spec.sinks), -1)
         seed = None
         if spec.dropout_p:  # from torch's own generator; kept for the backward, as any other operand is
             device = fake_value(q).device

@@ -358,7 +358,7 @@ class _Reading:
         empty = _as_written(self.softmax, self.weights, view, empty)
         sinks = None
         if view.scores.sink is not None:
-            sinks = read_sink(space, view.scores.sink, roles)
+            sinks = read_sink(self.algebra, view.scores.sink, roles)
             empty = empty_beside_sink(self.algebra, view.scores.terms, empty)
         if empty in (Empty.MEAN, Empty.MEAN_SCORES) and self.weights.dropout_p:
             empty = Empty.AS_WRITTEN  # the mean would have to be dropped out as well
@@ -479,6 +479,17 @@ def _is_group(view: _View, symbol: sympy.Symbol) -> bool:
     return whole_in_q and any(e == symbol for e in view.result_index) and len(view.result_index) >= 4
 
 
+_OF_SHAPE = (aten.zeros_like, aten.ones_like, aten.full_like, aten.new_zeros, aten.new_ones, aten.new_full)
+
+
+def _reads_no_value(user: Node) -> bool:
+    """Whether only the shape and dtype of a tensor matter to an operation on it, or to those on a part of it."""
+    if packet(user) in _OF_SHAPE:
+        return True
+    onward = users_of(user)
+    return packet(user) in (aten.slice, aten.select) and bool(onward) and all(map(_reads_no_value, onward))
+
+
 def _check_interior(nodes: tuple[Node, ...], softmax: Node) -> None:
     """Every score must be used by the chain alone."""
     chain = {*nodes, softmax}
@@ -486,7 +497,7 @@ def _check_interior(nodes: tuple[Node, ...], softmax: Node) -> None:
         for user in users_of(node):
             if packet(user) is aten.type_as and user.args[0] is not node:
                 continue  # asks for the dtype alone
-            if user not in chain:
+            if user not in chain and not _reads_no_value(user):
                 what = "returned" if user.op == "output" else f"used by '{user.name}' ({user.target})"
                 raise Rejected(Reason.SCORES_USED, f"'{node.name}' is {what}")
 

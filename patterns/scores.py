@@ -6,6 +6,7 @@ is.
 """
 
 import dataclasses
+import math
 import operator
 from typing import Any
 
@@ -14,7 +15,19 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
-from .algebra import FALSE, TRUE, Algebra, Choice, Opaque, Value, is_condition, round_to, to_boolean, to_number
+from .algebra import (
+    FALSE,
+    TRUE,
+    Algebra,
+    Choice,
+    Opaque,
+    Value,
+    is_condition,
+    number,
+    round_to,
+    to_boolean,
+    to_number,
+)
 from .indices import ONE, ZERO, Index, broadcast_index, is_nonnegative, shape_exprs
 from .layouts import NO_GRAD, argument, layout_step, packet, rank, tensor
 from .products import Product, as_product, is_product
@@ -75,7 +88,7 @@ class Scores:
     words: tuple[str, ...]
     softcap: sympy.Expr | None = None
     shifted: bool = False
-    sink: tuple[Node, Index] | None = None
+    sink: tuple[Node, Index] | sympy.Expr | None = None
     along: tuple[sympy.Expr, ...] = ()
     factors: tuple["Factor", ...] = ()
 
@@ -137,6 +150,8 @@ def _read(algebra: Algebra, node: Any, index: Index) -> Scores:
         return _raised(algebra, node, index)
     if kind is aten.cat:
         return _joined(algebra, node, index)
+    if kind in (aten.pad, aten.constant_pad_nd):
+        return _padded(algebra, node, index)
     return _not_understood(algebra, node, index)
 
 
@@ -317,6 +332,21 @@ def _joined(algebra: Algebra, node: Node, index: Index) -> Scores:
     _check_no_sink(inside, node)
     sink = (others[0], (*index[:dim], ZERO, *index[dim + 1 :]))
     return _extend(inside, node, "sink", sink=sink, along=(*inside.along, index[dim]))
+
+
+def _padded(algebra: Algebra, node: Node, index: Index) -> Scores:
+    """Scores with one more column, of a number: the softmax of "off by one"."""
+    inside = read_scores(algebra, node.args[0], index)
+    is_constant = packet(node) is aten.constant_pad_nd or argument(node, 2, "mode", "constant") == "constant"
+    value = argument(node, 2 if packet(node) is aten.constant_pad_nd else 3, "value") or 0
+    is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    if list(node.args[1]) != [0, 1] or not is_constant or not is_number:
+        raise NotScores(Reason.SCORE_OP, f"'{node.name}' pads scores by more than one column of a number behind them")
+    bounds = algebra.space.bounds(index[-1])
+    if not bounds or not is_nonnegative(shape_exprs(tensor(node.args[0]))[-1] - 1 - bounds[1]):
+        raise NotScores(Reason.SCORE_OP, f"what '{node.name}' pads scores with is read too")
+    _check_no_sink(inside, node)
+    return _extend(inside, node, "sink", sink=number(value), along=(*inside.along, index[-1]))
 
 
 def _check_no_sink(scores: Scores, node: Node) -> None:

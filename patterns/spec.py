@@ -142,7 +142,7 @@ class AttentionSpec:
     q_factors: tuple[tuple[Operand, bool], ...] = ()  # that q is multiplied by, or divided by if True; none has keys
     float8: Float8 | None = None
     not_float8: str = ""  # why it is None although one of the operands is in 8 bits
-    sinks: Operand | None = None  # [Hq]: one more score in every row of a head, which has no value
+    sinks: Operand | float | None = None  # [Hq] or all the same: one more score in every row, which has no value
 
     @property
     def batch_size(self) -> sympy.Expr:

@@ -165,8 +165,11 @@ def _added_empty(algebra: Algebra, term: Added) -> Empty | None:
     return None
 
 
-def read_sink(space: Space, sink: tuple[Node, Index], roles: Roles) -> Operand:
-    """The sinks as a tensor over the heads."""
+def read_sink(algebra: Algebra, sink: tuple[Node, Index] | sympy.Expr, roles: Roles) -> Operand | float:
+    """The sinks as a tensor over the heads, or as the one number that they all are."""
+    value = algebra.value(*sink) if isinstance(sink, tuple) else sink
+    if isinstance(value, sympy.Expr) and value.is_number and value.is_finite:
+        return float(value)
     heads_only = ((), (), ()), len([1 for _, size in roles.heads if size != 1])
     step: tuple[Node, Index] | None = sink
     while step is not None:
@@ -181,7 +184,7 @@ def read_sink(space: Space, sink: tuple[Node, Index], roles: Roles) -> Operand:
         if node.meta.get(NO_GRAD):
             break
         is_wider = packet(node) in (aten._to_copy, aten.to) and widens(node)
-        step = (node.args[0], index) if is_wider else layout_step(space, node, index)
+        step = (node.args[0], index) if is_wider else layout_step(algebra.space, node, index)
     raise Rejected(Reason.LAYOUT, f"'{sink[0].name}', joined to the scores, is not one number for each head")
 
 

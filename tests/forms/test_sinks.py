@@ -51,7 +51,31 @@ def empty_rows(q, k, v, sinks):
     return torch.cat([scores, column(sinks, q)], -1).softmax(-1)[..., :-1] @ v
 
 
-SINKS = {gpt_oss: "causal", plain: "full", narrowed: "full", capped: "full", empty_rows: "causal (shifted by -3)"}
+def off_by_one(q, k, v, sinks):
+    """A softmax with 1 added to its sum."""
+    return torch.nn.functional.pad(q @ k.mT * 0.25, (0, 1)).softmax(-1)[..., :-1] @ v
+
+
+def off_by_one_joined(q, k, v, sinks):
+    scores = (q @ k.mT * 0.25).masked_fill(torch.ones(S, S, dtype=torch.bool).triu(1), float("-inf"))
+    return torch.cat([scores, torch.zeros_like(scores[..., :1])], -1).softmax(-1)[..., :-1] @ v
+
+
+def of_one_number(q, k, v, sinks):
+    scores = q @ k.mT * 0.25
+    return torch.cat([scores, scores.new_full((*scores.shape[:-1], 1), 1.5)], -1).softmax(-1)[..., :-1] @ v
+
+
+SINKS = {
+    off_by_one: "full",
+    off_by_one_joined: "causal",
+    of_one_number: "full",
+    gpt_oss: "causal",
+    plain: "full",
+    narrowed: "full",
+    capped: "full",
+    empty_rows: "causal (shifted by -3)",
+}
 
 
 def compare(compiled, fn, args, dtype, grads=True):
@@ -125,7 +149,22 @@ def two_products(q, k, v, sinks):
     return torch.cat([q @ k.mT, q @ v.mT], -1).softmax(-1)[..., :S] @ v
 
 
+def padded_by_two(q, k, v, sinks):
+    return torch.nn.functional.pad(q @ k.mT, (0, 2)).softmax(-1)[..., :-2] @ v
+
+
+def padded_by_infinity(q, k, v, sinks):
+    return torch.nn.functional.pad(q @ k.mT, (0, 1), value=float("-inf")).softmax(-1)[..., :-1] @ v
+
+
+def padded_and_used(q, k, v, sinks):
+    return torch.nn.functional.pad(q @ k.mT, (0, 1)).softmax(-1) @ torch.nn.functional.pad(v, (0, 0, 0, 1), value=1.0)
+
+
 LEFT_ALONE = {
+    padded_by_two: Reason.SCORE_OP,
+    padded_by_infinity: Reason.SCORE_OP,
+    padded_and_used: Reason.SCORE_OP,
     sink_of_queries: Reason.LAYOUT,
     two_sinks: Reason.SCORE_OP,
     wide_sink: Reason.SCORE_OP,
