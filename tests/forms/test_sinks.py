@@ -76,6 +76,15 @@ SINKS = {
     capped: "full",
     empty_rows: "causal (shifted by -3)",
 }
+    off_by_one: "full",
+    off_by_one_joined: "causal",
+    of_one_number: "full",
+    gpt_oss: "causal",
+    plain: "full",
+    narrowed: "full",
+    capped: "full",
+    empty_rows: "causal (shifted by -3)",
+}
 
 
 def compare(compiled, fn, args, dtype, grads=True):
