@@ -7,6 +7,7 @@ Works on the captured graph, which only describes the user's and is never run, b
     (exp(s) @ v) / exp(s).sum(-1, keepdim=True)     normalised last
     x / x.sum(-1, keepdim=True)                     for x = exp(s) * mask or softmax(s) * mask
     x / (x.sum(-1, keepdim=True) + eps)             also by clamp
+    exp(s - p) / (exp(s - p).sum(-1, keepdim=True) + exp(-p))   "off by one", p being any shift or none
 
 What such a spelling makes of a query that sees no key is not what softmax makes of it. `EMPTY_ROWS` in the meta of the
 new softmax says what it is.
@@ -83,6 +84,8 @@ def _of_quotient(graph: Graph, node: Node) -> None:
         if packet(divisor) is not aten.reciprocal:
             return
         divisor = divisor.args[0]
+    if _off_by_one(graph, node, numerator, divisor):
+        return
     total, eps = _without_eps(divisor)
     reduced = _kept(total, aten.sum)
     if reduced is None or not isinstance(numerator, Node):
@@ -107,6 +110,36 @@ def _of_quotient(graph: Graph, node: Node) -> None:
         softmax.meta = node.meta | {"val": tensor(x)}
         _become(graph, node, numerator.target, (softmax, *numerator.args[1:]))
         _become_softmax(graph, softmax, exponential.scores, dim, exponential.factors, rows)
+
+
+def _off_by_one(graph: Graph, node: Node, x: object, divisor: object) -> bool:
+    """exp(s - p) / (exp(s - p).sum() + exp(-p)), p being any shift or nothing: one more score, of zero."""
+    if packet(x) is not aten.exp or packet(divisor) is not aten.add or len(divisor.args) != 2 or divisor.kwargs:
+        return False
+    inside = x.args[0]
+    for total, one in (divisor.args, divisor.args[::-1]):
+        reduced = _kept(total, aten.sum)
+        if reduced is None or reduced[0] is not x or reduced[1] != rank(x) - 1:
+            continue
+        if isinstance(one, (int, float)):
+            scores = inside if one == 1 else None
+        else:
+            shifted = packet(inside) is aten.sub and len(inside.args) == 2 and not inside.kwargs
+            negated = one.args[0] if packet(one) is aten.exp else None
+            same = shifted and packet(negated) is aten.neg and negated.args[0] is inside.args[1]
+            same = same and shape_exprs(tensor(one))[-1:] in ((), (1,))  # one shift a row
+            scores = inside.args[0] if same else None
+        if not isinstance(scores, Node) or not _alike(scores, x) or not _alike(node, x):
+            continue
+        with graph.inserting_before(node):
+            padded = graph.call_function(aten.constant_pad_nd.default, (scores, [0, 1], 0.0))
+            softmax = graph.call_function(aten.softmax.int, (padded, rank(x) - 1))
+        value = torch.nn.functional.pad(tensor(scores), (0, 1))
+        for made in (padded, softmax):
+            made.meta = node.meta | {"val": value}
+        _become(graph, node, aten.slice.Tensor, (softmax, rank(x) - 1, 0, -1))
+        return True
+    return False
 
 
 def _alike(a: Node, b: Node) -> bool:

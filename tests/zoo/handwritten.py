@@ -273,7 +273,7 @@ class SoftmaxInThreeSteps(Attention):
         return (weights / weights.sum(dim=-1, keepdim=True)) @ v
 
 
-@form("softmax-one", gap=1)
+@form("softmax-one")
 class SoftmaxOne(Attention):
     """One more in the denominator, so that a head may attend to nothing."""
 
@@ -284,7 +284,7 @@ class SoftmaxOne(Attention):
         return (weights / (weights.sum(dim=-1, keepdim=True) + (-peak).exp())) @ v
 
 
-@form("softmax-one-padded", gap=1)
+@form("softmax-one-padded")
 class SoftmaxOnePadded(Attention):
     """The same by way of a score of zero, whose weight is dropped: a sink that is a constant."""
 
