@@ -142,6 +142,11 @@ def _attention_fp8_fake(
     _check(q, k, v, bias, mask, target)
     if q.dtype != torch.float8_e4m3fn:
         raise ValueError(f"fa3::attention_fp8: q, k and v are float8_e4m3fn, not {q.dtype}")
+    for x in (q_scale, k_scale, v_scale):
+        if x.dtype != torch.float32 or x.ndim not in (2, 3):
+            raise ValueError(
+                f"fa3::attention_fp8: scales are float32, of 2 or 3 dimensions, not {x.dtype}, of {x.ndim}"
+            )
     return output_like(q, v.shape[-1], out_dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 

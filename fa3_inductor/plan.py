@@ -1,6 +1,7 @@
 """From a spec to what runs it: the Hopper kernels, scaled_dot_product_attention, or the plain PyTorch reference."""
 
 import dataclasses
+import importlib.util
 
 import sympy
 import torch
@@ -79,6 +80,8 @@ def _fp8(
         return "", "not on the FP8 kernel: it has no dropout"
     if empty is Empty.AS_WRITTEN or uncertain:
         return "", "not on the FP8 kernel: a bias that may hide all of a row"
+    if importlib.util.find_spec("triton") is None:
+        return "", "not on the FP8 kernel: triton is not installed"
     from .kernels.fp8 import supports
 
     if spec.float8 is not None:

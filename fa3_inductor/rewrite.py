@@ -1,6 +1,7 @@
 """The pass: one Dynamo graph in, the same graph with its attentions fused, and a report of what was done."""
 
 import collections
+import dataclasses
 import itertools
 import logging
 import time
@@ -121,8 +122,7 @@ def _try(found: Found, captured: Capture, splicer: Splicer) -> Site:
             raise found.rejection
         if _backend_chosen_by_user(captured, found.anchor):
             raise Rejected(Reason.USER_BACKEND)
-        chosen = plan(found.spec, config.target, config.empty_rows == "relaxed", splicer.trains, config.fp8)
-        splicer.splice(found.spec, chosen, found.interior)
+        chosen = _splice(found, splicer, config.fp8)
     except Rejected as rejection:
         site.status, site.reason, site.detail = "rejected", rejection.reason, rejection.detail
     except Exception as error:
@@ -131,6 +131,19 @@ def _try(found: Found, captured: Capture, splicer: Splicer) -> Site:
     else:
         _describe(site, found, chosen)
     return site
+
+
+def _splice(found: Found, splicer: Splicer, fp8: str) -> Plan:
+    """Plans an attention and puts it in place; in 16 bits if what it was dequantised from is no longer there."""
+    chosen = plan(found.spec, config.target, config.empty_rows == "relaxed", splicer.trains, fp8)
+    try:
+        splicer.splice(found.spec, chosen, found.interior)
+    except Rejected as rejection:
+        if chosen.fp8 != "graph":
+            raise
+        chosen = _splice(found, splicer, "off")
+        return dataclasses.replace(chosen, why=f"not on the FP8 kernel: {rejection.detail}")
+    return chosen
 
 
 def _site(found: Found, captured: Capture) -> Site:

@@ -24,6 +24,7 @@ from fa3_inductor.kernels.quantise import (
     values_arguments,
     values_kernel,
 )
+from fa3_inductor.kernels.reference import by_tile
 
 _LOG2E = math.log2(math.e)
 E4M3 = torch.float8_e4m3fn
@@ -105,6 +106,12 @@ def attention_fp8(
     Returns:
         out [B, Hq, Sq, Dv] of out_dtype, as `output_like` has it, and lse as `attention_forward`.
     """
+    if q.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(q.device):
+            return attention_fp8(
+                q, k, v, q_scale, k_scale, v_scale, bias, mask, scale=scale, window_left=window_left,
+                window_right=window_right, softcap=softcap, sinks=sinks, out_dtype=out_dtype,
+            )  # fmt: skip
     if not all(x.dtype == E4M3 for x in (q, k, v)):
         raise ValueError(f"attention_fp8: q, k and v are {E4M3}, not {q.dtype}, {k.dtype} and {v.dtype}")
     if not all(map(is_addressable, (q, k, v))):
@@ -112,8 +119,8 @@ def attention_fp8(
     scales = {"q": q_scale, "k": k_scale, "v": v_scale}
     by_token = any(x.ndim == 3 and x.shape[2] > 1 for x in scales.values())
     for (name, x), operand in zip(scales.items(), (q, k, v)):
-        if x.dtype != torch.float32:
-            raise ValueError(f"attention_fp8: {name}_scale is float32, not {x.dtype}")
+        if x.dtype != torch.float32 or x.device != q.device:
+            raise ValueError(f"attention_fp8: {name}_scale is float32 on {q.device}, not {x.dtype} on {x.device}")
         shape = operand.shape[:3] if by_token else (*operand.shape[:2], 1)
         try:
             scales[name] = (x if x.ndim == 3 else x.unsqueeze(-1)).expand(shape)
@@ -122,11 +129,14 @@ def attention_fp8(
             raise ValueError(f"attention_fp8: {name}_scale {list(x.shape)} does not broadcast to {wanted}") from None
     scales, tokens = list(scales.values()), ()
     if by_token:
-        largest = scales[2].abs().amax(2, keepdim=True)  # weights stay in e4m3's range
-        largest = largest.masked_fill(largest == 0, 1.0)
-        tokens = tuple(x.contiguous() for x in (scales[0], scales[1], scales[2] / largest))
-        one = torch.ones((1, 1, 1), dtype=torch.float32, device=q.device)
-        scales = [one.expand(q.shape[0], q.shape[1], 1), one.expand(k.shape[0], k.shape[1], 1), largest]
+        # The values' scales, of one in each tile of keys at most, keep weights in e4m3's range; what is left is the
+        # scale of the tile.
+        keys = tile_for(q.shape[3], v.shape[3], True).block_n
+        largest = by_tile(scales[2], keys)
+        of_tile = largest.repeat_interleave(keys, 2)[:, :, : k.shape[2]]
+        tokens = tuple(x.contiguous() for x in (scales[0], scales[1], scales[2] / of_tile))
+        rows = -(-q.shape[2] // ROWS)
+        scales = [largest.new_ones((*q.shape[:2], rows)), torch.ones_like(largest), largest]
     options = dict(
         scale=scale, window_left=window_left, window_right=window_right, softcap=softcap, sinks=sinks, bias=bias,
         mask=mask,
@@ -151,7 +161,7 @@ def attention_quantised(
             None leaves it out.
 
     Each 64 queries of a head, and as many keys as the kernel's tile has (64 to 256), share a scale; each of v too. An
-    infinity counts as NaN.
+    infinity counts as NaN. Tiles of v whose largest numbers differ by a factor of 2^100 are beyond what it can add up.
 
     Raises:
         ValueError: with the sentence of `supports`, or if the operands do not fit together.
@@ -159,6 +169,12 @@ def attention_quantised(
     Returns:
         out [B, Hq, Sq, Dv] of q's dtype, as `output_like` has it, and lse as `attention_forward`.
     """
+    if q.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(q.device):
+            return attention_quantised(
+                q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap,
+                sinks=sinks, seed=seed,
+            )  # fmt: skip
     if not all(x.stride(3) == 1 for x in (q, k, v)):
         q, k, v = map(addressable, (q, k, v))
     options = dict(
@@ -202,9 +218,8 @@ def _call(q, k, v, scales, tokens, out_dtype, seed, *, bias, mask, sinks, **opti
     beside = tuple(None if x is None else key_of(x) for x in (bias, mask, sinks, *(scales or ()), *tokens))
     key = (*map(key_of, (q, k, v)), beside, out_dtype, seed, *options.values())
     call = _calls.get(key)
-    if call is None or call.device != torch.cuda.current_device():
-        with torch.cuda.device(q.device):
-            call = _prepare(q, k, v, scales, tokens, out_dtype, seed, bias=bias, mask=mask, sinks=sinks, **options)
+    if call is None:
+        call = _prepare(q, k, v, scales, tokens, out_dtype, seed, bias=bias, mask=mask, sinks=sinks, **options)
         if len(_calls) >= _MAX_CALLS:
             _calls.clear()
         _calls[key] = call

@@ -15,7 +15,7 @@ from torch import Tensor
 from fa3_inductor.kernels import launch
 
 LARGEST = 448.0  # of e4m3
-SMALLEST_SCALE = 2.0**-60  # but for a block of zeros, which has 1: the ratio of two has to be a finite number
+SMALLEST_SCALE = 2.0**-60  # but for a block of zeros, which has 1: the ratio of two should be a finite number
 _LARGEST, _SMALLEST_SCALE = tl.constexpr(LARGEST), tl.constexpr(SMALLEST_SCALE)
 _MATRIX = 128  # rows of the largest Hadamard matrix that is multiplied with
 
@@ -183,9 +183,9 @@ def signed_hadamard(size: int, seed: int) -> Tensor:
         [1, size, size]; above 128, of the two halves of its rows, [2, size / 2, size / 2] a and b: the whole is
         [[a, a], [b, -b]].
     """
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1.0
-    matrix, columns = torch.ones(1, 1), min(size, _MATRIX)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    signs = torch.randint(0, 2, (size,), generator=generator, device="cpu") * 2.0 - 1.0
+    matrix, columns = torch.ones(1, 1, device="cpu"), min(size, _MATRIX)
     while len(matrix) < columns:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return signs.view(-1, columns, 1) * matrix

@@ -112,11 +112,12 @@ def attention_backward_reference(
 
 def attention_fp8_reference(
     q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor, bias: Tensor | None = None,
-    mask: Tensor | None = None, *, out_dtype: torch.dtype = torch.bfloat16, **options,
+    mask: Tensor | None = None, *, out_dtype: torch.dtype = torch.bfloat16, keys: int = 128, **options,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`attention_reference` of q * q_scale, k * k_scale and v * v_scale, with rounded weights.
 
-    Where v_scale differs from key to key, weights are multiplied by it, and rounded then.
+    Where v_scale differs from key to key, weights are multiplied by its share of the largest in their tile of keys, and
+    rounded then.
 
     Args:
         q, k, v: float8_e4m3fn, as there.
@@ -124,11 +125,18 @@ def attention_fp8_reference(
     """
     by_row = (s if s.ndim == 3 else s[..., None] for s in (q_scale, k_scale, v_scale))
     q_scale, k_scale, v_scale = (s.expand(x.shape[:3]) for x, s in zip((q, k, v), by_row))
-    largest = v_scale.abs().amax(2, keepdim=True)
-    factor = v_scale / largest.masked_fill(largest == 0, 1.0)
+    largest = by_tile(v_scale, keys).repeat_interleave(keys, 2)[:, :, : v.shape[2]]
+    factor = v_scale / largest
     q, k, v = (x.float() * s[..., None] for x, s in ((q, q_scale), (k, k_scale), (v, largest)))
     out, lse = attention_reference(q, k, v, bias, mask, rounded=factor, **options)
     return out.to(out_dtype), lse
+
+
+def by_tile(scale: Tensor, keys: int) -> Tensor:
+    """The largest magnitude, 1 in place of 0, in each tile of keys of scale: [B, H, Sk]."""
+    padded = torch.nn.functional.pad(scale.abs(), (0, -scale.shape[2] % keys))
+    largest = padded.unflatten(2, (-1, keys)).amax(3)
+    return largest.masked_fill(largest == 0, 1.0)
 
 
 def attention_quantised_reference(

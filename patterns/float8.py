@@ -9,8 +9,8 @@ from torch.fx import Node
 
 from .algebra import Algebra, Opaque
 from .indices import Index, broadcast_index, shape_exprs
-from .layouts import layout_step, packet, rank, tensor
-from .operands import Roles
+from .layouts import is_layout, layout_step, packet, rank, tensor
+from .operands import Roles, stays
 from .spec import Float8, Float8Operand, Operand, Repeat
 
 aten = torch.ops.aten
@@ -79,12 +79,12 @@ def _sources(algebra: Algebra, source: _Source) -> Iterator[_Source]:
         yield from _sources(algebra, dataclasses.replace(source, node=step[0], index=step[1]))
     elif packet(node) in (aten._to_copy, aten.to) and tensor(node.args[0]).dtype.is_floating_point:
         # What an 8-bit number becomes is exact; a wider one was rounded here, which the kernel does without.
-        if dtype != E4M3 and dtype not in _OTHERS:
+        if dtype != E4M3 and dtype not in _OTHERS and stays(node):
             yield from _sources(algebra, dataclasses.replace(source, node=node.args[0]))
     elif packet(node) in (aten.mul, aten.div) and node.kwargs.get("rounding_mode") is None:
         inverse = packet(node) is aten.div
         for data, scale in (node.args[:2],) if inverse else (node.args[:2], node.args[1::-1]):
-            if not isinstance(data, Node) or not isinstance(data.meta.get("val"), torch.Tensor):
+            if not _is_of_8_bits(data):
                 continue
             at = broadcast_index(index, shape_exprs(tensor(data)))
             scaled = _with_scale(algebra, source, scale, index, inverse)
@@ -92,6 +92,23 @@ def _sources(algebra: Algebra, source: _Source) -> Iterator[_Source]:
             if below:
                 yield from below
                 return
+
+
+def _is_of_8_bits(node: object) -> bool:
+    """Whether `_sources` could find anything: it would try both factors of every product."""
+    pending, seen = [node], set()
+    while pending:
+        node = pending.pop()
+        if not isinstance(node, Node) or node in seen or not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        seen.add(node)
+        if tensor(node).dtype in (E4M3, *_OTHERS):
+            return True
+        if packet(node) in (aten.mul, aten.div):
+            pending += node.args[:2]
+        elif is_layout(node) or packet(node) in (aten._to_copy, aten.to):
+            pending.append(node.args[0])
+    return False
 
 
 def _with_scale(algebra: Algebra, source: _Source, scale: object, index: Index, inverse: bool) -> _Source | None:
@@ -112,9 +129,10 @@ def _with_scale(algebra: Algebra, source: _Source, scale: object, index: Index, 
 def _arranged(roles: Roles, sources: list[_Source], row: sympy.Expr, column: sympy.Expr) -> Float8Operand | None:
     """The innermost of them whose axes are those of an attention, if its scales have none of head_dim."""
     for source in reversed(sources):
-        operand = roles.group(source.node, source.index, row, column)
+        operand = roles.whole(source.node, source.index, row, column)
         scales = [(_of_rows(roles, node, index, row, column), inverse) for node, index, inverse in source.scales]
-        if operand is not None and all(scale is not None for scale, _ in scales) and source.factor.is_finite:
+        in_range = 1e-30 < abs(float(source.factor)) < 1e30
+        if operand is not None and all(scale is not None for scale, _ in scales) and in_range:
             return Float8Operand(operand, tuple(scales), float(source.factor))
     return None
 

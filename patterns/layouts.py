@@ -84,6 +84,11 @@ def layout_step(space: Space, node: Node, index: Index) -> Step | None:
     return rule(space, node, index) if rule is not None else None
 
 
+def is_layout(node: Node) -> bool:
+    """Whether `layout_step` may have a source for a node."""
+    return node.op == "call_function" and (node.target is operator.getitem or packet(node) in _RULES)
+
+
 def _rule(*packets: torch._ops.OpOverloadPacket) -> Callable[[Rule], Rule]:
     def register(function: Rule) -> Rule:
         for p in packets:

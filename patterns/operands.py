@@ -37,7 +37,7 @@ def peel(algebra: Algebra, node: Node, index: Index, scales: bool = True) -> lis
             return found
         if step is not None:
             node, index = step
-        elif packet(node) in (aten._to_copy, aten.to) and widens(node):
+        elif packet(node) in (aten._to_copy, aten.to) and widens(node) and stays(node):
             node = node.args[0]
         elif scales and packet(node) in (aten.mul, aten.div) and _is_scaled(algebra, node):
             tensor_side = next(x for x in node.args[:2] if isinstance(x, Node) and rank(x) > 0)
@@ -55,6 +55,11 @@ def widens(node: Node) -> bool:
     source, target = tensor(node.args[0]).dtype, tensor(node).dtype
     narrow = source in (torch.bfloat16, torch.float16) and target in (torch.float32, source)
     return source == target or narrow
+
+
+def stays(node: Node) -> bool:
+    """Whether a copy is on the device of what it is a copy of."""
+    return tensor(node.args[0]).device == tensor(node).device
 
 
 def _is_scaled(algebra: Algebra, node: Node) -> bool:
@@ -131,6 +136,14 @@ class Roles:
         view = tuple(size for _, size in axes)
         return Operand(node, (batch, heads, rows, columns), None if len(view) == len(shape) else view)
 
+    def whole(self, node: Node, index: Index, row: sympy.Expr, column: sympy.Expr) -> Operand | None:
+        """`group`, if ``node`` has the row and the column axis, and is not the same all along one."""
+        operand = self.group(node, index, row, column)
+        has_both = operand is not None and all(
+            group or axis == 0 for group, axis in zip(operand.groups[2:], (row, column), strict=True)
+        )
+        return operand if has_both else None
+
     def _parts(self, entry: sympy.Expr, size: sympy.Expr) -> list[tuple[sympy.Expr, sympy.Expr]]:
         """The (index, size) of each batch and head axis that an axis is made of, if of several whole ones."""
         named = [(self.space.symbol(n, s), s) for n, s in (*self.batch, *self.heads) if s not in (0, 1)]
@@ -191,7 +204,7 @@ def choose_operands(
     """The innermost tensors that are arranged as one attention's q, k and v and share a dtype that loses nothing."""
 
     def arranged(candidates: list[Candidate], row: sympy.Expr, column: sympy.Expr) -> list[tuple[Candidate, Operand]]:
-        pairs = ((c, roles.group(c.node, c.index, row, column)) for c in candidates)
+        pairs = ((c, roles.whole(c.node, c.index, row, column)) for c in candidates)
         return [(c, o) for c, o in pairs if o is not None]
 
     qs = [x for x in arranged(q, roles.q, roles.e) if _spans(roles, x[1])]

@@ -123,7 +123,8 @@ def test_graph(name):
     (site,) = report.sites
     assert (site.target, site.dtype) == ("hopper", "float8_e4m3fn"), site.verdict
     assert site.kernel.startswith("attention_fp8[float8_e4m3fn, d32") and out.dtype == fn(*args).dtype
-    assert distance(out, exactly(fn, *args)) < 0.04
+    exact = exactly(fn, *args)
+    assert out.shape == exact.shape and distance(out, exact) < 0.04
 
 
 def with_bf16_queries(q, k, v):
@@ -199,6 +200,70 @@ def test_quantize_is_for_inference_in_16_bits():
             compiled(*args)
         (site,) = report.sites
         assert site.status == "fused" and site.dtype != "float8_e4m3fn" and why in site.detail, site.detail
+
+
+def broadcast_queries(q, k, v):
+    return scaled_dot_product_attention(q[:, :, :1].to(BF16).expand(-1, -1, S, -1), k.to(BF16), v.to(BF16))
+
+
+def queries_of_a_scale(q, k, v):
+    scales = torch.linspace(0.5, 1.5, S, dtype=BF16, device=q.device)[:, None]
+    return scaled_dot_product_attention(q[:, :, :1].to(BF16) * scales, k.to(BF16), v.to(BF16))
+
+
+def broadcast_values(q, k, v):
+    return scaled_dot_product_attention(q.to(BF16), k.to(BF16), v[..., :1].to(BF16).expand(-1, -1, -1, D))
+
+
+def written_to(q, k, v):
+    q, k, v = q.clone(), k.to(BF16) * 0.5, v.to(BF16)
+    queries = q.to(BF16)
+    q.copy_(torch.zeros_like(q))
+    return scaled_dot_product_attention(queries, k, v)
+
+
+def huge_factor(q, k, v):
+    return scaled_dot_product_attention(q.to(BF16) * 1e35, k.to(BF16) * 1e-35, v.to(BF16))
+
+
+@pytest.mark.parametrize("fn", [broadcast_queries, queries_of_a_scale, broadcast_values, written_to, huge_factor])
+@pytest.mark.parametrize("fp8", ["graph", "off"])
+def test_what_is_no_operand(fn, fp8):
+    """Never a wrong result, and a reason if it stays in 16 bits."""
+    args = qkv()
+    with config.patch(fp8=fp8):
+        compiled, report = fuse(fn)
+        out = compiled(*args)
+    exact = exactly(fn, *args)
+    (site,) = report.sites
+    assert out.shape == exact.shape and distance(out, exact) < 0.04 and site.status == "fused", site.verdict
+
+
+def test_a_chain_of_products_is_read_once():
+    def fn(q, k, v):
+        for _ in range(60):
+            q = q * q.clamp(-1, 1)
+        return scaled_dot_product_attention(q, k, v)
+
+    compiled, report = fuse(fn)
+    compiled(*torch.randn(3, B, H, S, D).bfloat16().unbind())
+    assert report.sites[0].status == "fused"
+
+
+def test_values_whose_scales_differ_by_much():
+    """Early rows see none of the keys with large scales."""
+    q, k, v = qkv()
+    long = [x.repeat(1, 1, 8, 1) for x in (q, k, v)]
+    scales = torch.full((B, H, 8 * S, 1), 1e-6)
+    scales[:, :, -100:] = 1.0
+    out, _ = torch.ops.fa3.attention_fp8(
+        *long, *(torch.ones(1, 1) for _ in "qk"), scales[..., 0], None, None, 0.2, None, 0, "reference", BF16
+    )
+    exact, _ = torch.ops.fa3.attention(
+        *(x.double() for x in long[:2]), long[2].double() * scales.double(), None, None, 0.2, None, 0, "reference"
+    )
+    rows = (out - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert rows[:, :, : 3 * 128].mean() < 0.05
 
 
 def test_off():

@@ -478,3 +478,17 @@ def test_a_position_that_counts_from_the_end():
     for n in (-4, -3, -2):
         torch.testing.assert_close(compiled(*args, n), fn(*args, n), atol=1e-4, rtol=1e-3)
     assert "+ 4" in report.sites[-1].mask
+
+
+@pytest.mark.parametrize("target", ["sdpa", "reference"])
+@pytest.mark.parametrize("attend", [plain, F.scaled_dot_product_attention])
+@pytest.mark.parametrize("which, shape", [(0, (B, H, 1, D)), (1, (B, H, 1, D)), (2, (B, H, 1, D)), (2, (B, H, S, 1))])
+def test_an_operand_that_is_the_same_all_along_an_axis(attend, target, which, shape):
+    """The tensor before it was expanded is not the operand: the result had its shape."""
+
+    def fn(*args):
+        return attend(*(x.expand(B, H, S, D) for x in args))
+
+    args = qkv()
+    args[which] = torch.randn(shape)
+    same_as_eager(fn, args, target=target)

@@ -201,6 +201,16 @@ def test_nan_and_infinities(where, value):
     assert not clean.isnan().any()
 
 
+def test_scales_of_values_that_differ_by_much():
+    """Early rows see none of the keys with large scales."""
+    q, k, v = (torch.randn(1, 2, 1000, 64, device="cuda").to(E4M3) for _ in "qkv")
+    one, scales = torch.ones(1, 1, device="cuda"), torch.full((1, 2, 1000), 1e-6, device="cuda")
+    scales[..., -100:] = 1.0
+    out, _ = attention_fp8(q, k, v, one, one, scales, scale=0.125, window_right=0)
+    exact, _ = attention_reference(q.double(), k.double(), v.double() * scales[..., None], scale=0.125, window_right=0)
+    assert error(out[:, :, :700], exact[:, :, :700]) < 0.05 and error(out[:, :, 950:], exact[:, :, 950:]) < 0.05
+
+
 def test_zeros_outliers_and_tiny_numbers():
     q, k, v = torch.randn(3, 1, 2, 300, 64, device="cuda", dtype=torch.bfloat16)
     q[:, 0], k[:, :, :150], v[:, :, 100:290] = 0, 0, 0
