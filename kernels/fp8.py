@@ -42,7 +42,9 @@ class Tile:
     producer_regs: int
 
 
-# (largest head_dim of q, k and v, tile, tile with terms on the scores): the first that is large enough.
+# (largest head_dim of q, k and v, tile, tile with terms on the scores or scales of tokens): the first that is large
+# enough. At head_dim 128, full, two consumers with tiles of 256 keys have 0.93 of FlashAttention-3's speed at 16384
+# positions, three with 128 have 1.02 (H200). Turns, as the 16-bit kernel takes them, change nothing.
 TILES = (
     (64, Tile(128, 3, 160, 32), Tile(128, 2, 240, 24)),
     (128, Tile(128, 3, 160, 32), Tile(128, 2, 240, 24)),
