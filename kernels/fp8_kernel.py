@@ -142,7 +142,6 @@ def _kv_loop(
             of_q, k_ptr, v_ptr = tokens
             columns = at * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
             of_k = gl.load(k_ptr + columns, mask=columns < window[1], other=1.0)
-            of_v = gl.load(v_ptr + columns, mask=columns < window[1], other=1.0)
             s = s * of_q[:, None] * of_k[None, :]
         elif not BLOCKS:
             if flip:
@@ -154,6 +153,7 @@ def _kv_loop(
         weights, m_i, alpha = _softmax(s, m_i, 1.0 if SCALED else tile_scale)
         l_i = _rescale(l_i, alpha) + _row_sums(weights)
         if tokens is not None:
+            of_v = gl.load(v_ptr + columns, mask=columns < window[1], other=1.0)  # (only now, for the registers)
             weights = weights * of_v[None, :]
         p = _operand(weights, p_layout)
         if BLOCKS:

@@ -54,7 +54,7 @@ def test_reference(fn, dtype):
 def test_as_planned_for_hopper(fn, grads, monkeypatch):
     monkeypatch.setattr(plan, "_not_hopper", lambda device: None)
     seen = []
-    monkeypatch.setattr(plan, "_kernel_name", lambda spec, dtype: seen.append(spec.softcap) or "kernel")
+    monkeypatch.setattr(plan, "_kernel_name", lambda spec, *_: seen.append(spec.softcap) or "kernel")
     compiled, report = fuse(fn)
     compare(compiled, fn, qkv(), torch.bfloat16, grads)
     (site,) = report.sites
