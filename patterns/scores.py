@@ -76,7 +76,8 @@ class Scores:
     """``scale * product`` with ``terms`` applied in order; ``nodes`` are the chain's interior, softmax side first.
 
     With a ``softcap``, ``softcap * tanh(scale * product / softcap)`` takes the place of ``scale * product``.
-    ``shifted`` says that a number was added, which a softmax does not see, but a soft cap would. ``sink`` is one more
+    ``shifted`` says that what a softmax does not see was added (a number, a row's maximum), which a soft cap or a sink
+    that comes after it would. ``sink`` is one more
     column that was joined to the scores, and ``along`` the index expressions that have to be the keys': where it was
     joined, and where a row's maximum was taken. ``factors`` are tensors that scale the product as well.
     """
@@ -280,7 +281,8 @@ def _added(algebra: Algebra, node: Node, index: Index) -> Scores:
     if maximum is not None:  # a softmax over the same keys does not see it, infinities and NaN included
         nodes, dim = maximum
         scores = dataclasses.replace(scores, nodes=(*nodes, *scores.nodes))
-        return _extend(scores, node, along=(*scores.along, index[dim]))
+        shifted = scores.shifted or scores.sink is None
+        return _extend(scores, node, along=(*scores.along, index[dim]), shifted=shifted)
     _check_no_sink(scores, node)
     terms = _split_sum(algebra, other, other_index, factors[1 - position], tensor(node).dtype)
     shifted = scores.shifted or not terms
@@ -329,7 +331,7 @@ def _joined(algebra: Algebra, node: Node, index: Index) -> Scores:
         raise failure
     if len(others) != 1 or shape_exprs(tensor(others[0]))[dim] != 1:
         raise NotScores(Reason.SCORE_OP, f"'{node.name}' joins scores with more than one column")
-    _check_no_sink(inside, node)
+    _check_takes_sink(inside, node)
     sink = (others[0], (*index[:dim], ZERO, *index[dim + 1 :]))
     return _extend(inside, node, "sink", sink=sink, along=(*inside.along, index[dim]))
 
@@ -345,8 +347,14 @@ def _padded(algebra: Algebra, node: Node, index: Index) -> Scores:
     bounds = algebra.space.bounds(index[-1])
     if not bounds or not is_nonnegative(shape_exprs(tensor(node.args[0]))[-1] - 1 - bounds[1]):
         raise NotScores(Reason.SCORE_OP, f"what '{node.name}' pads scores with is read too")
-    _check_no_sink(inside, node)
+    _check_takes_sink(inside, node)
     return _extend(inside, node, "sink", sink=number(value), along=(*inside.along, index[-1]))
+
+
+def _check_takes_sink(scores: Scores, node: Node) -> None:
+    _check_no_sink(scores, node)
+    if scores.shifted:
+        raise NotScores(Reason.SCORE_OP, f"'{node.name}' joins a sink to scores that something was added to before")
 
 
 def _check_no_sink(scores: Scores, node: Node) -> None:

@@ -7,7 +7,7 @@ Works on the captured graph, which only describes the user's and is never run, b
     (exp(s) @ v) / exp(s).sum(-1, keepdim=True)     normalised last
     x / x.sum(-1, keepdim=True)                     for x = exp(s) * mask or softmax(s) * mask
     x / (x.sum(-1, keepdim=True) + eps)             also by clamp
-    exp(s - p) / (exp(s - p).sum(-1, keepdim=True) + exp(-p))   "off by one", p being any shift or none
+    exp(s - p) / (exp(s - p).sum(-1, keepdim=True) + exp(-p))   "off by one", p being bounded below, or not there
 
 What such a spelling makes of a query that sees no key is not what softmax makes of it. `EMPTY_ROWS` in the meta of the
 new softmax says what it is.
@@ -15,6 +15,7 @@ new softmax says what it is.
 
 import dataclasses
 import enum
+import math
 
 import torch
 from torch.fx import Graph, Node
@@ -113,7 +114,7 @@ def _of_quotient(graph: Graph, node: Node) -> None:
 
 
 def _off_by_one(graph: Graph, node: Node, x: object, divisor: object) -> bool:
-    """exp(s - p) / (exp(s - p).sum() + exp(-p)), p being any shift or nothing: one more score, of zero."""
+    """exp(s - p) / (exp(s - p).sum() + exp(-p)), p being one finite shift a row or nothing: one more score, of zero."""
     if packet(x) is not aten.exp or packet(divisor) is not aten.add or len(divisor.args) != 2 or divisor.kwargs:
         return False
     inside = x.args[0]
@@ -127,7 +128,7 @@ def _off_by_one(graph: Graph, node: Node, x: object, divisor: object) -> bool:
             shifted = packet(inside) is aten.sub and len(inside.args) == 2 and not inside.kwargs
             negated = one.args[0] if packet(one) is aten.exp else None
             same = shifted and packet(negated) is aten.neg and negated.args[0] is inside.args[1]
-            same = same and shape_exprs(tensor(one))[-1:] in ((), (1,))  # one shift a row
+            same = same and shape_exprs(tensor(one))[-1:] in ((), (1,)) and _is_bounded_below(inside.args[1])
             scores = inside.args[0] if same else None
         if not isinstance(scores, Node) or not _alike(scores, x) or not _alike(node, x):
             continue
@@ -140,6 +141,14 @@ def _off_by_one(graph: Graph, node: Node, x: object, divisor: object) -> bool:
         _become(graph, node, aten.slice.Tensor, (softmax, rank(x) - 1, 0, -1))
         return True
     return False
+
+
+def _is_bounded_below(node: Node) -> bool:
+    """Whether a tensor is known not to be -inf, as the maximum of a row that sees no key is: -inf - -inf is NaN."""
+    if packet(node) is aten.detach:
+        return _is_bounded_below(node.args[0])
+    least = argument(node, 1, "min") if packet(node) in (aten.clamp, aten.clamp_min) else None
+    return packet(node) is aten.relu or (isinstance(least, (int, float)) and math.isfinite(least))
 
 
 def _alike(a: Node, b: Node) -> bool:
