@@ -43,6 +43,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fa3_inductor import ops  # noqa: F401  (registers the operators)
 from fa3_inductor.kernels.backward import attention_backward
+from fa3_inductor.kernels.formulas import Formulas
 from fa3_inductor.kernels.forward import attention_forward
 from fa3_inductor.kernels.fp8 import attention_fp8, attention_quantised
 from fa3_inductor.kernels.quantise import signed_hadamard
@@ -292,6 +293,9 @@ def features(args: argparse.Namespace) -> list[dict]:
     below, document = keys[:, None] >= keys, keys // window
     documents = document[:, None] == document
     causal = dict(window_right=0)
+    slopes = rand(1, heads, 1, 1)
+    alibi = Formulas("real(t0) * (real(k) - real(q))", "", (slopes,))
+    of_documents = Formulas("", "t0 == t1", (document.view(1, 1, -1, 1), document.view(1, 1, 1, -1)))
     cases = {  # name: head_dim, head_dim_v, options, share of the S^2 pairs that are visible
         "full": (128, 128, {}, 1.0),
         "causal": (128, 128, causal, 0.5),
@@ -302,6 +306,10 @@ def features(args: argparse.Namespace) -> list[dict]:
         "causal, sinks": (128, 128, dict(sinks=rand(heads), **causal), 0.5),
         "causal, documents of 1024 [q, k]": (128, 128, dict(mask=documents, **causal), window / seqlen / 2),
         "full, documents of 1024 [q, k]": (128, 128, dict(mask=documents), window / seqlen),
+        "causal, documents of 1024, computed": (128, 128, dict(formulas=of_documents, **causal), window / seqlen / 2),
+        "causal, ALiBi [h, q, k]": (128, 128, dict(bias=slopes * (keys - keys[:, None]), **causal), 0.5),
+        "causal, ALiBi, computed": (128, 128, dict(formulas=alibi, **causal), 0.5),
+        "full, ALiBi, computed": (128, 128, dict(formulas=alibi), 1.0),
         "causal, key padding": (128, 128, dict(mask=padding, **causal), (padding & below).float().mean().item()),
         "full, key padding": (128, 128, dict(mask=padding), padding.float().mean().item()),
         "full, bias [h, q, k]": (128, 128, dict(bias=rand(1, heads, seqlen, seqlen)), 1.0),

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from . import tracing
 from .opaque import EXPANSIONS
 from .patterns.layouts import NO_GRAD
-from .patterns.magnitude import LEARNED
+from .patterns.magnitude import LEARNED, REQUIRES_GRAD
 
 
 class CaptureError(RuntimeError):
@@ -182,7 +182,6 @@ class _Recorder(torch.fx.Interpreter):
         if getattr(target, "__name__", "") in _HOOKS:
             return args[0].detach()
         if isinstance(target, torch._ops.HigherOrderOperator):
-            # Its gradient may be its own (an autograd.Function), so nothing is to be fused across it.
             result = super().call_function(target, args, kwargs)
             return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, result)
         expansion = EXPANSIONS.get(target)
@@ -225,6 +224,17 @@ def _traced(result: Any, tracer: Any) -> Any:
 
 # What watches a tensor of autograd's rather than computes one. A detach stands for it, across which nothing is fused.
 _HOOKS = ("register_hook", "retain_grad", "register_post_accumulate_grad_hook", "requires_grad_")
+
+
+def _is_hidden(node: Node) -> bool:
+    """Whether a detach stands for what a node of the source graph returns, which may have a gradient of its own.
+
+    The gradient of a higher-order operator may be its own (an autograd.Function).
+    """
+    target = node.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return isinstance(target, torch._ops.HigherOrderOperator) or (name in _HOOKS and node.op.startswith("call"))
+
 
 _INPLACE_OPERATORS = {getattr(operator, name.strip("_")) for name in dir(operator) if name.startswith("__i")} - {
     operator.inv,
@@ -279,10 +289,12 @@ def capture(gm: GraphModule) -> Capture:
     modes = grad_modes(gm)
     for node in view.graph.nodes:
         if node in recorder.origins:
-            node.meta["fa3_origin"] = recorder.origins[node]
+            node.meta["fa3_origin"] = origin = recorder.origins[node]
+            node.meta[REQUIRES_GRAD] = _is_hidden(origin)
             node.meta[NO_GRAD] = not modes[recorder.origins[node]] and any(modes.values())
     held = [n.meta.get("example_value") for n in placeholders] + [_attribute(gm, name) for name in attributes]
     for node, value in zip(view.graph.find_nodes(op="placeholder"), held, strict=True):
+        node.meta[REQUIRES_GRAD] = isinstance(value, torch.Tensor) and value.requires_grad
         node.meta[LEARNED] = isinstance(value, torch.nn.Parameter) and value.requires_grad
     captured_inputs = dict(zip(view.graph.find_nodes(op="placeholder"), placeholders, strict=False))
     order = {node: number for number, node in enumerate(gm.graph.nodes)}

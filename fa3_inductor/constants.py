@@ -5,6 +5,8 @@ it is guarded: the compiled code is used only while the buffer is the same tenso
 """
 
 import dataclasses
+import functools
+import math
 from typing import Any, Protocol
 
 import sympy
@@ -15,6 +17,7 @@ from . import tracing
 from .capture import Capture
 from .patterns.algebra import FALSE, TRUE, Value, choose
 from .patterns.indices import Index
+from .patterns.magnitude import KNOWN_BOUNDS
 
 # Reading a larger buffer than this while compiling would take longer than it can save.
 _LARGEST = 2**31
@@ -27,6 +30,9 @@ class Constants:
         self._capture = captured
         self._forms: dict[Node, _Form | None] = {}
         self._guarded: set[Node] = set()
+        for node in captured.view.graph.nodes:
+            if node.op in ("placeholder", "get_attr") and isinstance(node.meta.get("val"), torch.Tensor):
+                node.meta[KNOWN_BOUNDS] = functools.partial(self.bounds, node)
 
     def value(self, node: Node, index: Index) -> Value | None:
         if node not in self._forms:
@@ -38,6 +44,19 @@ class Constants:
         if node.op == "placeholder":
             self._guarded.add(node)
         return form.at(index)
+
+    def bounds(self, node: Node) -> tuple[float, float] | None:
+        """The least and greatest value of a graph input; None if they are not known, or not finite."""
+        tensor = self._tensor(node)
+        if tensor is None or tensor.dtype == torch.bool:
+            return None
+        with tracing.real_tensors():
+            low, high = (float(x) for x in tensor.detach().aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            return None
+        if node.op == "placeholder":
+            self._guarded.add(node)
+        return low, high
 
     def install_guards(self) -> None:
         """Make the compiled code depend on the buffers that were read."""

@@ -6,13 +6,16 @@ sinks; those in FP8 not at all), and have fakes for every shape, symbolic ones i
 runs the Gluon kernels on CUDA tensors, "reference" the plain PyTorch specification; CPU tensors always take the
 reference. With a `seed`, int64 [1], weights are dropped with probability `dropout_p`, by the rule of
 `fa3_inductor.kernels.dropout`.
-`fa3_inductor.kernels.reference` says what the other arguments mean.
+`fa3_inductor.kernels.reference` says what the other arguments mean; `bias_formula`, `mask_formula` and the tables
+`t0` to `t3` are `fa3_inductor.kernels.formulas.Formulas`.
 """
 
 import torch
 from torch import Tensor
 
 from fa3_inductor.kernels import output_like
+from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas
+from fa3_inductor.kernels.formulas import check as check_formulas
 from fa3_inductor.kernels.reference import (
     attention_backward_reference,
     attention_fp8_reference,
@@ -22,6 +25,7 @@ from fa3_inductor.kernels.reference import (
 
 _MASKING = "float scale, SymInt? window_left, SymInt? window_right, str target"
 _SOFTCAP = "float? softcap=None"
+_FORMULAS = "str bias_formula=\"\", str mask_formula=\"\", Tensor? t0=None, Tensor? t1=None, Tensor? t2=None, Tensor? t3=None"
 # Fixed order, not exact strides: the kernels read any strides, and only the order decides how outputs lie
 # (`output_like`). So views into a packed projection come through without a copy.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -29,52 +33,56 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 torch.library.define(
     "fa3::attention",
     f"(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, {_MASKING}, {_SOFTCAP}, "
-    "Tensor? sinks=None, Tensor? seed=None, float dropout_p=0.0) -> (Tensor, Tensor)",
+    f"Tensor? sinks=None, Tensor? seed=None, float dropout_p=0.0, {_FORMULAS}) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 torch.library.define(
     "fa3::attention_backward",
     f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor out, Tensor lse, {_MASKING}, "
-    f"bool bias_grad, {_SOFTCAP}, Tensor? seed=None, float dropout_p=0.0) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"bool bias_grad, {_SOFTCAP}, Tensor? seed=None, float dropout_p=0.0, {_FORMULAS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 torch.library.define(
     "fa3::attention_fp8",
     "(Tensor q, Tensor k, Tensor v, Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor? bias, Tensor? mask, "
-    f"{_MASKING}, ScalarType out_dtype, {_SOFTCAP}, Tensor? sinks=None) -> (Tensor, Tensor)",
+    f"{_MASKING}, ScalarType out_dtype, {_SOFTCAP}, Tensor? sinks=None, {_FORMULAS}) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 torch.library.define(
     "fa3::attention_quantised",
     f"(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, {_MASKING}, int? incoherent_seed, {_SOFTCAP}, "
-    "Tensor? sinks=None) -> (Tensor, Tensor)",
+    f"Tensor? sinks=None, {_FORMULAS}) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 
 
 @torch.library.impl("fa3::attention", "default")
 def _attention(
-    q, k, v, bias, mask, scale, window_left, window_right, target, softcap=None, sinks=None, seed=None, dropout_p=0.0
-):
+    q, k, v, bias, mask, scale, window_left, window_right, target, softcap=None, sinks=None, seed=None, dropout_p=0.0,
+    bias_formula="", mask_formula="", *tables,
+):  # fmt: skip
     if target == "hopper" and q.is_cuda:
         from fa3_inductor.kernels.forward import attention_forward
 
         return attention_forward(
             q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap,
             sinks=None if sinks is None else sinks.contiguous(), seed=seed, dropout_p=dropout_p,
+            formulas=_formulas(bias_formula, mask_formula, tables),
         )  # fmt: skip
     _check(q, k, v, bias, mask, target)
     out, lse = attention_reference(
         q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap,
-        sinks=sinks, **_dropout(q, k, seed, dropout_p),
+        sinks=sinks, formulas=_checked(q, k, bias_formula, mask_formula, tables), **_dropout(q, k, seed, dropout_p),
     )  # fmt: skip
     return output_like(q, v.shape[-1]).copy_(out), lse
 
 
 @torch.library.register_fake("fa3::attention")
 def _attention_fake(
-    q, k, v, bias, mask, scale, window_left, window_right, target, softcap=None, sinks=None, seed=None, dropout_p=0.0
-):
+    q, k, v, bias, mask, scale, window_left, window_right, target, softcap=None, sinks=None, seed=None, dropout_p=0.0,
+    bias_formula="", mask_formula="", *tables,
+):  # fmt: skip
     _check(q, k, v, bias, mask, target)
     if seed is not None and (seed.dtype, seed.shape) != (torch.int64, (1,)):
         raise ValueError(f"fa3::attention: the seed of dropout is an int64 [1], not {seed.dtype} {list(seed.shape)}")
@@ -86,7 +94,7 @@ def _attention_fake(
 @torch.library.impl("fa3::attention_backward", "default")
 def _backward(
     dout, q, k, v, bias, mask, out, lse, scale, window_left, window_right, target, bias_grad, softcap=None, seed=None,
-    dropout_p=0.0,
+    dropout_p=0.0, bias_formula="", mask_formula="", *tables,
 ):  # fmt: skip
     _check(q, k, v, bias, mask, target)
     if target == "hopper" and q.is_cuda:
@@ -95,12 +103,13 @@ def _backward(
         grads = attention_backward(
             dout, q, k, v, bias, mask, out, lse, scale=scale, window_left=window_left, window_right=window_right,
             softcap=softcap, bias_grad=bias_grad, seed=seed, dropout_p=dropout_p,
+            formulas=_formulas(bias_formula, mask_formula, tables),
         )  # fmt: skip
         return grads if bias_grad else (*grads[:3], q.new_empty((0,)))
     grads = *_grads(q, k, v), _dbias(q, bias, bias_grad)
     reference = attention_backward_reference(
         dout, q, k, v, bias, mask, out, lse, scale=scale, window_left=window_left, window_right=window_right,
-        softcap=softcap, **_dropout(q, k, seed, dropout_p),
+        softcap=softcap, formulas=_checked(q, k, bias_formula, mask_formula, tables), **_dropout(q, k, seed, dropout_p),
     )  # fmt: skip
     for grad, value in zip(grads if bias_grad else grads[:3], reference):
         grad.copy_(value)
@@ -110,7 +119,7 @@ def _backward(
 @torch.library.register_fake("fa3::attention_backward")
 def _backward_fake(
     dout, q, k, v, bias, mask, out, lse, scale, window_left, window_right, target, bias_grad, softcap=None, seed=None,
-    dropout_p=0.0,
+    dropout_p=0.0, bias_formula="", mask_formula="", *tables,
 ):  # fmt: skip
     _check(q, k, v, bias, mask, target)
     return *_grads(q, k, v), _dbias(q, bias, bias_grad)
@@ -119,11 +128,11 @@ def _backward_fake(
 @torch.library.impl("fa3::attention_fp8", "default")
 def _attention_fp8(
     q, k, v, q_scale, k_scale, v_scale, bias, mask, scale, window_left, window_right, target, out_dtype, softcap=None,
-    sinks=None,
+    sinks=None, bias_formula="", mask_formula="", *tables,
 ):  # fmt: skip
     options = dict(
         scale=scale, window_left=window_left, window_right=window_right, softcap=softcap, out_dtype=out_dtype,
-        sinks=None if sinks is None else sinks.contiguous(),
+        sinks=None if sinks is None else sinks.contiguous(), formulas=_formulas(bias_formula, mask_formula, tables),
     )  # fmt: skip
     if target == "hopper" and q.is_cuda:
         from fa3_inductor.kernels.fp8 import attention_fp8
@@ -137,7 +146,7 @@ def _attention_fp8(
 @torch.library.register_fake("fa3::attention_fp8")
 def _attention_fp8_fake(
     q, k, v, q_scale, k_scale, v_scale, bias, mask, scale, window_left, window_right, target, out_dtype, softcap=None,
-    sinks=None,
+    sinks=None, bias_formula="", mask_formula="", *tables,
 ):  # fmt: skip
     _check(q, k, v, bias, mask, target)
     if q.dtype != torch.float8_e4m3fn:
@@ -152,28 +161,30 @@ def _attention_fp8_fake(
 
 @torch.library.impl("fa3::attention_quantised", "default")
 def _attention_quantised(
-    q, k, v, bias, mask, scale, window_left, window_right, target, incoherent_seed, softcap=None, sinks=None
-):
+    q, k, v, bias, mask, scale, window_left, window_right, target, incoherent_seed, softcap=None, sinks=None,
+    bias_formula="", mask_formula="", *tables,
+):  # fmt: skip
     from fa3_inductor.kernels import fp8
 
     options = dict(
         scale=scale, window_left=window_left, window_right=window_right, softcap=softcap,
-        sinks=None if sinks is None else sinks.contiguous(),
+        sinks=None if sinks is None else sinks.contiguous(), formulas=_formulas(bias_formula, mask_formula, tables),
     )  # fmt: skip
     if target == "hopper" and q.is_cuda:
         return fp8.attention_quantised(q, k, v, bias, mask, seed=incoherent_seed, **options)
     _check(q, k, v, bias, mask, target)
     out, lse = attention_quantised_reference(
-        q, k, v, bias, mask, **fp8.blocks(q, v, incoherent_seed, any(x is not None for x in (bias, mask, softcap))),
-        **options,
+        q, k, v, bias, mask, **options,
+        **fp8.blocks(q, v, incoherent_seed, fp8.has_terms(bias, mask, softcap, options["formulas"])),
     )  # fmt: skip
     return output_like(q, v.shape[-1]).copy_(out), lse
 
 
 @torch.library.register_fake("fa3::attention_quantised")
 def _attention_quantised_fake(
-    q, k, v, bias, mask, scale, window_left, window_right, target, incoherent_seed, softcap=None, sinks=None
-):
+    q, k, v, bias, mask, scale, window_left, window_right, target, incoherent_seed, softcap=None, sinks=None,
+    bias_formula="", mask_formula="", *tables,
+):  # fmt: skip
     _check(q, k, v, bias, mask, target)
     return output_like(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -183,27 +194,29 @@ def _no_gradient_of_fp8(ctx, *grads):
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, bias, mask, ctx.scale, ctx.window_left, ctx.window_right, ctx.target, ctx.softcap, sinks, *dropout = inputs
-    seed, ctx.dropout_p = dropout
+    q, k, v, bias, mask, ctx.scale, ctx.window_left, ctx.window_right, ctx.target, ctx.softcap, sinks, *others = inputs
+    seed, ctx.dropout_p, ctx.bias_formula, ctx.mask_formula, *tables = others
+    if any(table is not None and table.requires_grad for table in tables):
+        raise NotImplementedError("fa3::attention: the tables of formulas have no gradient")
     out, lse = output
     ctx.bias_grad = bias is not None and ctx.needs_input_grad[3]
     ctx.sinks_grad = sinks is not None and ctx.needs_input_grad[10]
-    ctx.save_for_backward(q, k, v, bias, mask, out, lse, sinks, seed)
+    ctx.save_for_backward(q, k, v, bias, mask, out, lse, sinks, seed, *tables)
     ctx.mark_non_differentiable(lse)
 
 
 def _attention_vjp(ctx, dout, _dlse):
-    q, k, v, bias, mask, out, lse, sinks, seed = ctx.saved_tensors
+    q, k, v, bias, mask, out, lse, sinks, seed, *tables = ctx.saved_tensors
     dq, dk, dv, dbias = torch.ops.fa3.attention_backward(
         dout, q, k, v, bias, mask, out, lse, ctx.scale, ctx.window_left, ctx.window_right, ctx.target, ctx.bias_grad,
-        ctx.softcap, seed, ctx.dropout_p,
+        ctx.softcap, seed, ctx.dropout_p, ctx.bias_formula, ctx.mask_formula, *tables,
     )  # fmt: skip
     dsinks = None
     if ctx.sinks_grad:  # a sink's weight times what it adds to the output, nothing, less what the row adds up to
         weights = torch.exp(sinks.to(lse.dtype).view(1, -1, 1) - lse)
         delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         dsinks = -(weights * delta).sum((0, 2)).to(sinks.dtype)
-    return dq, dk, dv, dbias if ctx.bias_grad else None, None, None, None, None, None, None, dsinks, None, None
+    return dq, dk, dv, dbias if ctx.bias_grad else None, *[None] * 6, dsinks, *[None] * (4 + len(tables))
 
 
 def _no_double_backward(ctx, *grads):
@@ -234,6 +247,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | 
         raise ValueError(f"fa3::attention: bias is floating point, not {bias.dtype}")
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"fa3::attention: mask is bool, not {mask.dtype}")
+
+
+def _formulas(bias: str, mask: str, tables: tuple[Tensor | None, ...]) -> Formulas:
+    return Formulas(bias, mask, tuple(x for x in tables if x is not None)) if bias or mask else NO_FORMULAS
+
+
+def _checked(q: Tensor, k: Tensor, bias: str, mask: str, tables: tuple[Tensor | None, ...]) -> Formulas:
+    formulas = _formulas(bias, mask, tables)
+    check_formulas(formulas, (*q.shape[:3], k.shape[2]))
+    return formulas
 
 
 def _dropout(q: Tensor, k: Tensor, seed: Tensor | None, dropout_p: float) -> dict:

@@ -8,6 +8,7 @@ stays the user's own graph, so aliasing, mutation, autocast and no_grad regions 
 import contextlib
 import math
 import operator
+import re
 from typing import Any, NamedTuple
 
 import sympy
@@ -18,6 +19,7 @@ from . import config, ops, tracing  # noqa: F401  (registers fa3::attention)
 from .capture import Capture, may_write
 from .patterns.indices import size_expr
 from .patterns.layouts import NO_GRAD, argument, packet
+from .patterns.magnitude import passes_gradient_on
 from .patterns.masks import Mask
 from .patterns.reasons import Reason
 from .patterns.spec import AttentionSpec, Empty, Operand, Rejected, Repeat, Term, TermKind
@@ -334,6 +336,9 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
         )
     else:
         as_tensors = spec.terms if whole else tuple(t for t in spec.terms if t.window is None)
+        formulas: tuple[Any, ...] = ()
+        if not whole:
+            as_tensors, formulas = _formulas(emit, as_tensors)
         q, bias, mask, row_seen = _shape_scores(emit, spec, plan, q, as_tensors, whole)
         left = right = None
         if not whole:
@@ -354,12 +359,12 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
             dtype = torch.float16 if fake_value(q).dtype == torch.float16 else torch.bfloat16
             operands = _float8_operands(emit, spec)
             shaping = (bias, mask, abs(float(spec.float8.scale)), left, right, plan.target, dtype)
-            pair = emit.call(torch.ops.fa3.attention_fp8.default, *operands, *shaping, spec.softcap, sinks)
+            pair = emit.call(torch.ops.fa3.attention_fp8.default, *operands, *shaping, spec.softcap, sinks, *formulas)
         elif plan.fp8:
             options = (config.fp8_incoherent_seed, spec.softcap, sinks)
-            pair = emit.call(torch.ops.fa3.attention_quantised.default, q, k, v, *shaping, *options)
+            pair = emit.call(torch.ops.fa3.attention_quantised.default, q, k, v, *shaping, *options, *formulas)
         else:
-            options = (spec.softcap, sinks, seed, spec.dropout_p)
+            options = (spec.softcap, sinks, seed, spec.dropout_p, *formulas)
             pair = emit.call(torch.ops.fa3.attention.default, q, k, v, *shaping, *options)
         out = emit.call(operator.getitem, pair, 0)
         if not exact and not biased:
@@ -368,6 +373,32 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
     if row_seen is None or plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO):
         return out
     return _with_empty_rows(emit, spec, plan, out, (q, k, v), row_seen, scale)
+
+
+_MAX_TABLES = 4  # of an attention: t0 to t3
+
+
+def _formulas(emit: _Emitter, terms: tuple[Term, ...]) -> tuple[tuple[Term, ...], tuple[Any, ...]]:
+    """The terms that have to be tensors, and what the others are as arguments of the operators: formulas and tables."""
+    tables: list[Operand] = []
+    texts: dict[bool, list[str]] = {True: [], False: []}  # of biases, and of masks
+    rest = []
+    for term in sorted(terms, key=lambda t: t.kind is not TermKind.BIAS):  # their tables come first
+        is_bias, formula = term.kind is TermKind.BIAS, term.formula
+        more = [] if formula is None else [table for table in formula.tables if table not in tables]
+        learned = is_bias and emit.trains and passes_gradient_on(term.operand.node)
+        if formula is None or learned or len(tables) + len(more) > _MAX_TABLES:
+            rest.append(term)
+            continue
+        tables += more
+        numbers = [tables.index(table) for table in formula.tables]
+        texts[is_bias].append(re.sub(r"\bt(\d+)\b", lambda t: f"t{numbers[int(t[1])]}", formula.text))
+    if not any(texts.values()):
+        return terms, ()
+    bias = " + ".join(f"({text})" for text in texts[True]) if len(texts[True]) > 1 else "".join(texts[True])
+    mask = " & ".join(f"({text})" for text in texts[False]) if len(texts[False]) > 1 else "".join(texts[False])
+    nodes = [emit.call("detach", x) if fake_value(x).is_floating_point() else x for x in map(emit.operand, tables)]
+    return tuple(rest), (bias, mask, *nodes)
 
 
 def _float8_operands(emit: _Emitter, spec: AttentionSpec) -> list[Node]:

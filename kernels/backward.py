@@ -19,18 +19,21 @@ from fa3_inductor.kernels.around import finish_arguments, finish_kernel, statist
 from fa3_inductor.kernels.backward_kernel import backward_kernel
 from fa3_inductor.kernels.backward_wide_kernel import backward_wide_kernel
 from fa3_inductor.kernels.dropout import keep_scale, threshold
+from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas
 from fa3_inductor.kernels.forward import (
     ROWS,
     addressable,
     check,
     is_addressable,
     key_of,
+    mask_addresses,
     multiprocessors,
+    ranges_tensors,
     shared_layout,
     tma_strides,
 )
-from fa3_inductor.kernels.ranges import ranges_arguments, ranges_kernel, ranges_shape
-from fa3_inductor.kernels.terms import broadcast, functions, program_of
+from fa3_inductor.kernels.ranges import mask_axes, ranges_arguments, ranges_kernel, ranges_shape
+from fa3_inductor.kernels.terms import broadcast, functions, has_terms, program_of
 
 _LOG2E = math.log2(math.e)
 
@@ -68,7 +71,7 @@ def tile_for(head_dim: int, head_dim_v: int, with_terms: bool = False) -> Tile:
 def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, out: Tensor, lse: Tensor,
     *, scale: float, window_left: int | None = None, window_right: int | None = None, softcap: float | None = None,
-    bias_grad: bool = False, seed: Tensor | None = None, dropout_p: float = 0.0,
+    bias_grad: bool = False, seed: Tensor | None = None, dropout_p: float = 0.0, formulas: Formulas = NO_FORMULAS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of `attention_forward`'s out, on a Hopper GPU.
 
@@ -94,13 +97,13 @@ def attention_backward(
     key = (
         *map(key_of, (dout, q, k, v, out, lse)), scale, window_left, window_right, softcap, bias_grad,
         None if bias is None else key_of(bias), None if mask is None else key_of(mask),
-        None if seed is None else (key_of(seed), dropout_p),
+        None if seed is None else (key_of(seed), dropout_p), formulas.key(),
     )  # fmt: skip
     call = _calls.get(key)
     if call is None or call.device != torch.cuda.current_device():
         options = dict(
             scale=scale, window_left=window_left, window_right=window_right, softcap=softcap, bias_grad=bias_grad,
-            seed=seed, dropout_p=dropout_p,
+            seed=seed, dropout_p=dropout_p, formulas=formulas,
         )  # fmt: skip
         with torch.cuda.device(q.device):
             check(q, k, v, scale)
@@ -116,7 +119,7 @@ def attention_backward(
                     _calls.clear()
                 _calls[key] = _prepare(dout, q, k, v, bias, mask, out, lse, **options)
             return attention_backward(dout, q, k, v, bias, mask, out, lse, **options)
-    dq, dk, dv, rows, sums, dscores, ranges = _buffers(q, k, v, mask, call.tile, bias_grad)
+    dq, dk, dv, rows, sums, dscores, ranges = _buffers(q, k, v, mask, formulas, call.tile, bias_grad)
     if call.launch is None:
         for x in (dq, dk, dv):
             x.zero_()
@@ -126,8 +129,8 @@ def attention_backward(
         statistics = at, at + 4 * rows[0].numel()
         call.find_statistics(stream, *(x.data_ptr() for x in (out, dout, lse)), *statistics, sums.data_ptr())
         if call.find_ranges is not None:
-            call.find_ranges(stream, mask.data_ptr(), ranges.data_ptr())
-        more = (x.data_ptr() for x in (dscores, ranges, bias, mask, seed) if x is not None)
+            call.find_ranges(stream, *mask_addresses(mask, formulas), ranges.data_ptr())
+        more = (x.data_ptr() for x in (dscores, ranges, bias, *formulas.tables, mask, seed) if x is not None)
         addresses = (x.data_ptr() for x in (dout, q, k, v))
         call.launch(stream, *addresses, *statistics, sums.data_ptr(), dk.data_ptr(), dv.data_ptr(), *more)
         call.finish(stream, sums.data_ptr(), dq.data_ptr())
@@ -155,7 +158,7 @@ class _Call(NamedTuple):
     device: int
 
 
-def _buffers(q, k, v, mask, tile, bias_grad) -> tuple:
+def _buffers(q, k, v, mask, formulas, tile, bias_grad) -> tuple:
     """dq, dk, dv, and what the kernels need in between: two statistics of every row, dQ in float32, dS, and ranges."""
     batch, q_heads, seqlen_q, head_dim = q.shape
     padded = -(-seqlen_q // MULTIPLE) * MULTIPLE
@@ -165,24 +168,29 @@ def _buffers(q, k, v, mask, tile, bias_grad) -> tuple:
     sums = q.new_empty(shape, dtype=torch.float32)
     dscores = q.new_zeros((batch, q_heads, k.shape[2], padded)) if bias_grad else None
     ranges = None
-    if mask is not None:
-        shape = ranges_shape(_by_key(q, k, mask), tile.keys)
-        ranges = q.new_empty(shape, dtype=torch.int32)
+    if mask is not None or formulas.mask:
+        shape, _, axes = _by_key(q, k, mask, formulas)
+        ranges = q.new_empty(ranges_shape(shape, axes, tile.keys), dtype=torch.int32)
     return dq, dk, dv, rows, sums, dscores, ranges
 
 
-def _by_key(q, k, mask) -> Tensor:
-    """The mask as [B, Hq, Sk, Sq], of which the ranges kernel finds what query tiles each block of keys has."""
-    return broadcast("mask", mask, (*q.shape[:3], k.shape[2])).mT
+def _by_key(q, k, mask, formulas) -> tuple:
+    """For what finds the query tiles of each block of keys: the scores' shape, the mask and its axes, as [..., Sk, Sq]."""
+    shape = (*q.shape[:3], k.shape[2])
+    whole = None if mask is None else broadcast("mask", mask, shape)
+    batch, heads, rows, columns = mask_axes(whole, formulas, shape)
+    exchanged = (*shape[:2], shape[3], shape[2])
+    return exchanged, None if whole is None else whole.mT, (batch, heads, columns, rows)
 
 
 def _prepare(
-    dout, q, k, v, bias, mask, out, lse, *, scale, window_left, window_right, softcap, bias_grad, seed, dropout_p
+    dout, q, k, v, bias, mask, out, lse, *, scale, window_left, window_right, softcap, bias_grad, seed, dropout_p,
+    formulas,
 ) -> _Call:  # fmt: skip
     # Tensors of our own: two of them may be one now and not at the next call.
     dout, q, k, v, out, lse = (x.detach() for x in (dout, q, k, v, out, lse))
-    tile = tile_for(q.shape[3], v.shape[3], any(x is not None for x in (bias, mask, softcap, seed)))
-    dq, dk, dv, rows, sums, dscores, ranges = _buffers(q, k, v, mask, tile, bias_grad)
+    tile = tile_for(q.shape[3], v.shape[3], has_terms(bias, mask, softcap, formulas) or seed is not None)
+    dq, dk, dv, rows, sums, dscores, ranges = _buffers(q, k, v, mask, formulas, tile, bias_grad)
     if not (dq.numel() and dk.numel()):
         return _Call(None, None, None, None, tile, q.get_device())
     lse2, delta = rows
@@ -192,13 +200,13 @@ def _prepare(
         statistics_kernel, grid, args, (out, dout, lse, lse2, delta, sums), {"num_warps": 4}
     )
     find_ranges = None
-    if mask is not None:
-        whole = _by_key(q, k, mask)
-        grid, args = ranges_arguments(whole, ranges, tile.keys, tile.block_m)
-        find_ranges = launch.prepare(ranges_kernel, grid, args, (whole, ranges), {"num_warps": 16})
+    if ranges is not None:
+        shape, whole, axes = _by_key(q, k, mask, formulas)
+        grid, args = ranges_arguments(whole, ranges, tile.keys, tile.block_m, shape, axes[2], formulas, by_key=True)
+        find_ranges = launch.prepare(ranges_kernel, grid, args, ranges_tensors(args), {"num_warps": 16})
     grid, args = launch_arguments(
         dout, q, k, v, bias, mask, lse2, delta, sums, dk, dv, dscores, ranges, scale, window_left, window_right,
-        softcap, seed, dropout_p, tile=tile,
+        softcap, seed, dropout_p, formulas, tile=tile,
     )  # fmt: skip
     kernel = backward_wide_kernel if tile.wide else backward_kernel
     operands = (operand for operand, *_ in args[_OPERANDS])
@@ -216,7 +224,8 @@ def launch_arguments(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, lse: Tensor, delta: Tensor,
     sums: Tensor, dk: Tensor, dv: Tensor, dscores: Tensor | None, ranges: Tensor | None, scale: float,
     window_left: int | None = None, window_right: int | None = None, softcap: float | None = None,
-    seed: Tensor | None = None, dropout_p: float = 0.0, *, tile: Tile, sm_count: int | None = None,
+    seed: Tensor | None = None, dropout_p: float = 0.0, formulas: Formulas = NO_FORMULAS, *, tile: Tile,
+    sm_count: int | None = None,
 ) -> tuple[tuple[int, int, int], tuple]:  # fmt: skip
     """The grid and the arguments of the kernel.
 
@@ -231,7 +240,7 @@ def launch_arguments(
     has_right = window_right is not None and window_right < seqlen_k - 1
     left = max(window_left, -seqlen_k) if has_left else 0
     right = max(window_right, -seqlen_q) if has_right else 0
-    program, operands = program_of(bias, mask, softcap, (batch, q_heads, seqlen_q, seqlen_k))
+    program, operands = program_of(bias, mask, softcap, (batch, q_heads, seqlen_q, seqlen_k), formulas)
     load, apply, _ = open_load, open_apply, _ = functions(program, backward=True)
     if ranges is not None:
         steps = (0 if size == 1 else by // ranges.shape[3] for size, by in zip(ranges.shape[:3], ranges.stride()))

@@ -18,8 +18,10 @@ from triton.runtime import driver
 from fa3_inductor.kernels import launch, output_like
 from fa3_inductor.kernels.dropout import keep_scale, threshold
 from fa3_inductor.kernels.forward_kernel import ROWS as ROWS_OF_A_CONSUMER
+from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas
+from fa3_inductor.kernels.formulas import check as check_formulas
 from fa3_inductor.kernels.forward_kernel import forward_kernel
-from fa3_inductor.kernels.ranges import ranges_arguments, ranges_kernel, ranges_shape
+from fa3_inductor.kernels.ranges import mask_axes, ranges_arguments, ranges_kernel, ranges_shape
 from fa3_inductor.kernels.schedule import longest_first
 from fa3_inductor.kernels.terms import broadcast, functions, program_of
 
@@ -118,7 +120,7 @@ def supports(q_shape, k_shape, v_shape, dtype, *, scale=1.0) -> str | None:
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, *,
     scale: float, window_left: int | None = None, window_right: int | None = None, softcap: float | None = None,
-    sinks: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0,
+    sinks: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0, formulas: Formulas = NO_FORMULAS,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """softmax(cap(scale * q @ k^T) + bias) @ v over the visible keys, on a Hopper GPU.
 
@@ -135,6 +137,7 @@ def attention_forward(
         sinks: [Hq], a logit of every head that takes weight and has no value (gpt-oss).
         seed: int64 [1], for dropout with probability dropout_p: the weights that `dropout.kept_weights` says are kept,
             scaled up. None: no dropout.
+        formulas: a bias and a mask that are computed, beside those that are read.
 
     Returns:
         out [B, Hq, Sq, Dv] as `output_like(q, Dv)`, and lse [B, Hq, Sq] float32, contiguous: the natural log of the sum
@@ -151,13 +154,14 @@ def attention_forward(
         k.get_device(), v.get_device(), scale, window_left, window_right, softcap,
         None if bias is None else key_of(bias), None if mask is None else key_of(mask),
         None if sinks is None else key_of(sinks), None if seed is None else (key_of(seed), dropout_p),
+        formulas is NO_FORMULAS or formulas.key(),
     )  # fmt: skip
     q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
     call = _calls.get(key)
     if call is None or (q_at | k_at | v_at) & 15 or call.device != torch.cuda.current_device():
         options = dict(
             bias=bias, mask=mask, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap,
-            sinks=sinks, seed=seed, dropout_p=dropout_p,
+            sinks=sinks, seed=seed, dropout_p=dropout_p, formulas=formulas,
         )  # fmt: skip
         with torch.cuda.device(q.device):
             check(q, k, v, scale)
@@ -172,15 +176,23 @@ def attention_forward(
     out = q.new_empty_strided(call.out_shape, call.out_stride)
     lse = q.new_empty_strided(call.lse_shape, call.lse_stride, dtype=torch.float32)
     if call.launch is not None:
-        terms = [x.data_ptr() for x in (bias, mask, sinks, seed) if x is not None] if call.has_terms else ()
+        terms = ()
+        if call.has_terms:
+            terms = [x.data_ptr() for x in (bias, *formulas.tables, mask, sinks, seed) if x is not None]
         stream = driver.active.get_current_stream(call.device)
         ranges = ()
         if call.find_ranges is not None:
             found = q.new_empty(call.ranges_shape, dtype=torch.int32)
             ranges = (found.data_ptr(),)
-            call.find_ranges(stream, mask.data_ptr(), *ranges)
+            call.find_ranges(stream, *mask_addresses(mask, formulas), *ranges)
         call.launch(stream, q_at, k_at, v_at, out.data_ptr(), lse.data_ptr(), *terms, *call.order, *ranges)
     return out, lse
+
+
+def mask_addresses(mask: Tensor | None, formulas: Formulas) -> list[int]:
+    """Of what the search for a mask's ranges reads."""
+    tables = formulas.tables if formulas.mask else ()
+    return [x.data_ptr() for x in (mask, *tables) if x is not None]
 
 
 def key_of(x: Tensor) -> tuple:
@@ -199,7 +211,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
 
 def check_terms(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, softcap: float | None,
-    sinks: Tensor | None,
+    sinks: Tensor | None, formulas: Formulas = NO_FORMULAS,
 ) -> None:  # fmt: skip
     """Raises ValueError if there are no keys, or for what shapes the scores in a form that no kernel takes."""
     if not k.shape[2]:
@@ -212,7 +224,8 @@ def check_terms(
         raise ValueError(f"sinks are a contiguous [{q.shape[1]}] of floating point")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap is a positive number, not {softcap}")
-    devices = {x.device for x in (q, k, v, bias, mask, sinks) if x is not None}
+    check_formulas(formulas, (*q.shape[:3], k.shape[2]))
+    devices = {x.device for x in (q, k, v, bias, mask, sinks, *formulas.tables) if x is not None}
     if len(devices) > 1:
         raise ValueError(f"the operands are on {', '.join(sorted(map(str, devices)))}")
 
@@ -232,7 +245,7 @@ class _Call(NamedTuple):
     find_ranges: launch.Launch | None  # of the mask
     ranges_shape: tuple[int, ...]
     order: tuple[int, ...]  # the address of the list of tiles, if there is one
-    has_terms: bool  # whether it takes the addresses of bias, mask, sinks or seed
+    has_terms: bool  # whether it takes the addresses of bias, tables, mask, sinks or seed
     device: int
     out_shape: torch.Size
     out_stride: tuple[int, ...]
@@ -241,10 +254,10 @@ class _Call(NamedTuple):
 
 
 def _prepare(
-    q, k, v, *, bias, mask, scale, window_left, window_right, softcap, sinks, seed, dropout_p
+    q, k, v, *, bias, mask, scale, window_left, window_right, softcap, sinks, seed, dropout_p, formulas
 ) -> _Call:  # fmt: skip
     """Checks what `check` has not, and compiles the kernel. Raises ValueError as `attention_forward` says."""
-    check_terms(q, k, v, bias, mask, softcap, sinks)
+    check_terms(q, k, v, bias, mask, softcap, sinks, formulas)
     if seed is not None and ((seed.dtype, seed.shape) != (torch.int64, (1,)) or seed.device != q.device):
         raise ValueError(f"the seed of dropout is an int64 [1] on {q.device}")
     # Tensors of our own: q, k and v may be one tensor now and three at the next call.
@@ -253,38 +266,49 @@ def _prepare(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     prepared, find_ranges, ranges, order = None, None, None, ()
     if out.numel():
-        if mask is not None:
+        if mask is not None or formulas.mask:
             block_n = tile_for(q.shape[3], v.shape[3], False, q.shape[2], True).block_n
-            find_ranges, ranges = prepare_ranges(q, k, mask, block_n)
+            find_ranges, ranges = prepare_ranges(q, k, mask, formulas, block_n)
         grid, args = launch_arguments(
             q, k, v, out, lse, scale, window_left, window_right, bias, mask, softcap, sinks, ranges,
-            seed, dropout_p,
+            seed, dropout_p, formulas,
         )  # fmt: skip
         terms = (*(operand for operand, *_ in args[_OPERANDS]), sinks, seed)
         tensors = (q, k, v, out, lse, *terms, args[_ORDER], ranges)
         tensors = tuple(x for x in tensors if x is not None)
         prepared = launch.prepare(forward_kernel, grid, args, tensors, {"num_warps": 4})
         order = () if args[_ORDER] is None else (args[_ORDER].data_ptr(),)
-    has_terms = any(x is not None for x in (bias, mask, sinks, seed))
+    has_terms = any(x is not None for x in (bias, *formulas.tables, mask, sinks, seed))
     shape = () if ranges is None else ranges.shape
     return _Call(
         prepared, find_ranges, shape, order, has_terms, q.get_device(), out.shape, out.stride(), lse.shape, lse.stride()
     )
 
 
-def prepare_ranges(q: Tensor, k: Tensor, mask: Tensor, block_n: int) -> tuple[launch.Launch, Tensor]:
+def prepare_ranges(
+    q: Tensor, k: Tensor, mask: Tensor | None, formulas: Formulas, block_n: int
+) -> tuple[launch.Launch, Tensor]:
     """What finds the ranges of a mask for blocks of ROWS rows and KV tiles of block_n keys, and room for them."""
-    whole = broadcast("mask", mask, (*q.shape[:3], k.shape[2]))
-    ranges = torch.empty(ranges_shape(whole, ROWS), dtype=torch.int32, device=q.device)
-    grid, args = ranges_arguments(whole, ranges, ROWS, block_n)
-    return launch.prepare(ranges_kernel, grid, args, (whole, ranges), {"num_warps": 16}), ranges
+    shape = (*q.shape[:3], k.shape[2])
+    whole = None if mask is None else broadcast("mask", mask, shape)
+    axes = mask_axes(whole, formulas, shape)
+    ranges = torch.empty(ranges_shape(shape, axes, ROWS), dtype=torch.int32, device=q.device)
+    grid, args = ranges_arguments(whole, ranges, ROWS, block_n, shape, axes[2], formulas)
+    return launch.prepare(ranges_kernel, grid, args, ranges_tensors(args), {"num_warps": 16}), ranges
+
+
+def ranges_tensors(args: tuple) -> tuple[Tensor, ...]:
+    """The tensors among the arguments of the ranges kernel, in the order of `mask_addresses`, and the ranges."""
+    mask, operands, ranges = args[:3]
+    return tuple(x for x in (mask, *(operand for operand, *_ in operands), ranges) if x is not None)
 
 
 def launch_arguments(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, window_left: int | None = None,
     window_right: int | None = None, bias: Tensor | None = None, mask: Tensor | None = None,
     softcap: float | None = None, sinks: Tensor | None = None, ranges: Tensor | None = None,
-    seed: Tensor | None = None, dropout_p: float = 0.0, *, tile: Tile | None = None, sm_count: int | None = None,
+    seed: Tensor | None = None, dropout_p: float = 0.0, formulas: Formulas = NO_FORMULAS, *, tile: Tile | None = None,
+    sm_count: int | None = None,
 ) -> tuple[tuple[int, int, int], tuple]:  # fmt: skip
     """The grid and the arguments of the kernel.
 
@@ -297,9 +321,10 @@ def launch_arguments(
     left, right = clipped(window_left, window_right, seqlen_q, seqlen_k)
     windowed = left is not None or right is not None
     score_functions, ranges, operands = score_arguments(
-        bias, mask, softcap, (batch, q_heads, seqlen_q, seqlen_k), ranges
+        bias, mask, softcap, (batch, q_heads, seqlen_q, seqlen_k), ranges, formulas
     )
-    tile = tile or tile_for(head_dim, head_dim_v, windowed, seqlen_q, bool(operands) or seed is not None)
+    with_terms = bool(operands or formulas.bias or formulas.mask) or seed is not None
+    tile = tile or tile_for(head_dim, head_dim_v, windowed, seqlen_q, with_terms)
     ctas, m_tiles, order = schedule(
         batch * q_heads, seqlen_q, seqlen_k, left, right, tile.consumers * ROWS, tile.block_n, sm_count, q.device
     )
@@ -330,10 +355,11 @@ def clipped(
 
 
 def score_arguments(
-    bias: Tensor | None, mask: Tensor | None, softcap: float | None, shape: tuple[int, ...], ranges: Tensor | None
-) -> tuple[tuple, tuple | None, tuple]:
+    bias: Tensor | None, mask: Tensor | None, softcap: float | None, shape: tuple[int, ...], ranges: Tensor | None,
+    formulas: Formulas,
+) -> tuple[tuple, tuple | None, tuple]:  # fmt: skip
     """What kernels take for scores of `shape`: LOAD to SCALED, the ranges with their strides, and the operands."""
-    program, operands = program_of(bias, mask, softcap, shape)
+    program, operands = program_of(bias, mask, softcap, shape, formulas)
     load, apply, scaled = open_load, open_apply, _ = functions(program)
     if ranges is not None:
         steps = (0 if size == 1 else by // ranges.shape[3] for size, by in zip(ranges.shape[:3], ranges.stride()))

@@ -13,6 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
 from fa3_inductor.kernels import forward, launch, output_like
+from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas
 from fa3_inductor.kernels.forward import ROWS, addressable, is_addressable, key_of, shared_layout
 from fa3_inductor.kernels.fp8_kernel import fp8_kernel
 from fa3_inductor.kernels.quantise import (
@@ -25,6 +26,7 @@ from fa3_inductor.kernels.quantise import (
     values_kernel,
 )
 from fa3_inductor.kernels.reference import by_tile
+from fa3_inductor.kernels.terms import has_terms
 
 _LOG2E = math.log2(math.e)
 E4M3 = torch.float8_e4m3fn
@@ -89,6 +91,7 @@ def attention_fp8(
     q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor, bias: Tensor | None = None,
     mask: Tensor | None = None, *, scale: float, window_left: int | None = None, window_right: int | None = None,
     softcap: float | None = None, sinks: Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16,
+    formulas: Formulas = NO_FORMULAS,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`attention_forward` of q * q_scale, k * k_scale and v * v_scale, on a Hopper GPU.
 
@@ -112,7 +115,7 @@ def attention_fp8(
         with torch.cuda.device(q.device):
             return attention_fp8(
                 q, k, v, q_scale, k_scale, v_scale, bias, mask, scale=scale, window_left=window_left,
-                window_right=window_right, softcap=softcap, sinks=sinks, out_dtype=out_dtype,
+                window_right=window_right, softcap=softcap, sinks=sinks, out_dtype=out_dtype, formulas=formulas,
             )  # fmt: skip
     if not all(x.dtype == E4M3 for x in (q, k, v)):
         raise ValueError(f"attention_fp8: q, k and v are {E4M3}, not {q.dtype}, {k.dtype} and {v.dtype}")
@@ -141,19 +144,19 @@ def attention_fp8(
         scales = [largest.new_ones((*q.shape[:2], rows)), torch.ones_like(largest), largest]
     options = dict(
         scale=scale, window_left=window_left, window_right=window_right, softcap=softcap, sinks=sinks, bias=bias,
-        mask=mask,
+        mask=mask, formulas=formulas,
     )  # fmt: skip
     call = _call(q, k, v, scales, tokens, out_dtype, None, **options)
     values = _transposed_like(v)
     if call.launch is not None:
         call.values(driver.active.get_current_stream(call.device), v.data_ptr(), values.data_ptr())
-    return _run(call, (q, k, values, *scales, *tokens), bias, mask, sinks)
+    return _run(call, (q, k, values, *scales, *tokens), bias, mask, sinks, formulas)
 
 
 def attention_quantised(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, *, scale: float,
     window_left: int | None = None, window_right: int | None = None, softcap: float | None = None,
-    sinks: Tensor | None = None, seed: int | None = 0,
+    sinks: Tensor | None = None, seed: int | None = 0, formulas: Formulas = NO_FORMULAS,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`attention_forward` with q, k and v rounded to float8_e4m3fn first, on a Hopper GPU.
 
@@ -175,13 +178,13 @@ def attention_quantised(
         with torch.cuda.device(q.device):
             return attention_quantised(
                 q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap,
-                sinks=sinks, seed=seed,
+                sinks=sinks, seed=seed, formulas=formulas,
             )  # fmt: skip
     if not all(x.stride(3) == 1 for x in (q, k, v)):
         q, k, v = map(addressable, (q, k, v))
     options = dict(
         scale=scale, window_left=window_left, window_right=window_right, softcap=softcap, sinks=sinks, bias=bias,
-        mask=mask,
+        mask=mask, formulas=formulas,
     )  # fmt: skip
     call = _call(q, k, v, None, (), q.dtype, seed, **options)
     buffers = _buffers(q, k, v, call.tile, 0 if seed is None else matrix_columns(q.shape[3]))
@@ -191,7 +194,7 @@ def attention_quantised(
         call.rows[0](stream, q.data_ptr(), q8, q_scales, *call.matrix)
         call.rows[1](stream, k.data_ptr(), k8, k_scales, *call.matrix)
         call.values(stream, v.data_ptr(), v8, v_scales)
-    return _run(call, buffers, bias, mask, sinks)
+    return _run(call, buffers, bias, mask, sinks, formulas)
 
 
 class _Call(NamedTuple):
@@ -215,13 +218,14 @@ _calls: dict = {}
 _MAX_CALLS = 4096
 
 
-def _call(q, k, v, scales, tokens, out_dtype, seed, *, bias, mask, sinks, **options) -> _Call:
+def _call(q, k, v, scales, tokens, out_dtype, seed, *, bias, mask, sinks, formulas, **options) -> _Call:
     """What is settled for such a problem; `scales` is None if q, k and v are to be rounded."""
     beside = tuple(None if x is None else key_of(x) for x in (bias, mask, sinks, *(scales or ()), *tokens))
-    key = (*map(key_of, (q, k, v)), beside, out_dtype, seed, *options.values())
+    key = (*map(key_of, (q, k, v)), beside, out_dtype, seed, formulas.key(), *options.values())
     call = _calls.get(key)
     if call is None:
-        call = _prepare(q, k, v, scales, tokens, out_dtype, seed, bias=bias, mask=mask, sinks=sinks, **options)
+        options |= dict(bias=bias, mask=mask, sinks=sinks, formulas=formulas)
+        call = _prepare(q, k, v, scales, tokens, out_dtype, seed, **options)
         if len(_calls) >= _MAX_CALLS:
             _calls.clear()
         _calls[key] = call
@@ -229,7 +233,8 @@ def _call(q, k, v, scales, tokens, out_dtype, seed, *, bias, mask, sinks, **opti
 
 
 def _prepare(
-    q, k, v, scales, tokens, out_dtype, seed, *, bias, mask, sinks, scale, window_left, window_right, softcap
+    q, k, v, scales, tokens, out_dtype, seed, *, bias, mask, sinks, scale, window_left, window_right, softcap,
+    formulas,
 ) -> _Call:  # fmt: skip
     if problem := supports(q.shape, k.shape, v.shape, scale=abs(scale), quantised=scales is None):
         raise ValueError(problem)
@@ -238,11 +243,11 @@ def _prepare(
         raise ValueError(f"the operands do not fit together: {shapes}")
     if out_dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"the FP8 kernel's result is bfloat16 or float16, not {out_dtype}")
-    forward.check_terms(q, k, v, bias, mask, softcap, sinks)
+    forward.check_terms(q, k, v, bias, mask, softcap, sinks, formulas)
     q, k, v = (x.detach() for x in (q, k, v))  # tensors of our own: they may be one now and not at the next call
     out = output_like(q, v.shape[3], out_dtype)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    tile = tile_for(q.shape[3], v.shape[3], bool(tokens) or any(x is not None for x in (bias, mask, softcap)))
+    tile = tile_for(q.shape[3], v.shape[3], bool(tokens) or has_terms(bias, mask, softcap, formulas))
     settled = tile, q.get_device(), out.shape, out.stride(), out_dtype
     if not out.numel():
         return _Call(None, (), (), None, None, (), (), *settled)
@@ -268,11 +273,11 @@ def _prepare(
         values_kernel, grid, args, tuple(x for x in (args[0], args[1], of_v) if x is not None), options
     )
     find_ranges = ranges = None
-    if mask is not None:
-        find_ranges, ranges = forward.prepare_ranges(q, k, mask, tile.block_n)
+    if mask is not None or formulas.mask:
+        find_ranges, ranges = forward.prepare_ranges(q, k, mask, formulas, tile.block_n)
     grid, args = launch_arguments(
         q, k, values, out, lse, scales, scale, window_left, window_right, bias, mask, softcap, sinks, ranges, tokens,
-        tile=tile,
+        formulas, tile=tile,
     )  # fmt: skip
     order = args[forward._ORDER]
     terms = (*(operand for operand, *_ in args[forward._OPERANDS]), sinks)
@@ -316,7 +321,8 @@ def launch_arguments(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scales: list[Tensor], scale: float,
     window_left: int | None = None, window_right: int | None = None, bias: Tensor | None = None,
     mask: Tensor | None = None, softcap: float | None = None, sinks: Tensor | None = None,
-    ranges: Tensor | None = None, tokens: tuple[Tensor, ...] = (), *, tile: Tile, sm_count: int | None = None,
+    ranges: Tensor | None = None, tokens: tuple[Tensor, ...] = (), formulas: Formulas = NO_FORMULAS, *, tile: Tile,
+    sm_count: int | None = None,
 ) -> tuple[tuple[int, int, int], tuple]:  # fmt: skip
     """The grid and the arguments of the kernel.
 
@@ -330,7 +336,7 @@ def launch_arguments(
     head_dim_v = v.shape[2]
     left, right = forward.clipped(window_left, window_right, seqlen_q, seqlen_k)
     functions, ranges, operands = forward.score_arguments(
-        bias, mask, softcap, (batch, q_heads, seqlen_q, seqlen_k), ranges
+        bias, mask, softcap, (batch, q_heads, seqlen_q, seqlen_k), ranges, formulas
     )
     ctas, m_tiles, order = forward.schedule(
         batch * q_heads, seqlen_q, seqlen_k, left, right, tile.consumers * ROWS, tile.block_n, sm_count, q.device
@@ -357,19 +363,19 @@ def _transposed_descriptors(v: Tensor, keys: int, widths: tuple[int, ...]):
     return first, second[0] if second else None
 
 
-def _run(call: _Call, operands: tuple[Tensor, ...], bias, mask, sinks) -> tuple[Tensor, Tensor]:
+def _run(call: _Call, operands: tuple[Tensor, ...], bias, mask, sinks, formulas: Formulas) -> tuple[Tensor, Tensor]:
     """Attention of q, k and the transposed v with their scales, all of them `operands`."""
     q = operands[0]
     out = torch.empty_strided(call.shape, call.stride, dtype=call.dtype, device=q.device)
     lse = torch.empty(call.shape[:3], dtype=torch.float32, device=q.device)
     if call.launch is not None:
         stream = driver.active.get_current_stream(call.device)
-        terms = [x.data_ptr() for x in (bias, mask, sinks) if x is not None]
+        terms = [x.data_ptr() for x in (bias, *formulas.tables, mask, sinks) if x is not None]
         ranges = ()
         if call.find_ranges is not None:
             found = torch.empty(call.ranges_shape, dtype=torch.int32, device=q.device)
             ranges = (found.data_ptr(),)
-            call.find_ranges(stream, mask.data_ptr(), *ranges)
+            call.find_ranges(stream, *forward.mask_addresses(mask, formulas), *ranges)
         addresses = (x.data_ptr() for x in (*operands, out, lse))
         call.launch(stream, *addresses, *terms, *call.order, *ranges)
     return out, lse

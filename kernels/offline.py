@@ -110,15 +110,14 @@ class Case:
 
 def forward_case(
     head_dim: int, head_dim_v: int, window: str, dtype: torch.dtype, seqlen: int = 4096, bias: str = "", mask: str = "",
-    softcap: float | None = None, sinks: bool = False, dropout: bool = False,
+    softcap: float | None = None, sinks: bool = False, dropout: bool = False, formulas: str = "",
 ) -> Case:  # fmt: skip
     """The case of the forward kernel that the tile tables give for a problem.
 
-    `window` is "full", "causal" or "window"; `bias` and `mask` name the axes that they have, of "bhqk".
+    `window` is "full", "causal" or "window"; `bias` and `mask` name the axes that they have, of "bhqk"; `formulas`
+    are of FORMULAS.
     """
     from fa3_inductor.kernels import forward
-    from fa3_inductor.kernels.ranges import ranges_shape
-    from fa3_inductor.kernels.terms import broadcast
 
     batch, q_heads, kv_heads = 2, 8, 2
 
@@ -134,22 +133,54 @@ def forward_case(
     lse = empty(batch, q_heads, seqlen, dtype=torch.float32)
     left, right = WINDOWS[window]
     hidden = operand(mask, torch.bool)
-    ranges = None
-    if hidden is not None:
-        whole = broadcast("mask", hidden, (batch, q_heads, seqlen, seqlen))
-        ranges = empty(*ranges_shape(whole, forward.ROWS), dtype=torch.int32)
+    computed = _formulas(formulas, batch, q_heads, seqlen)
+    ranges = _ranges(hidden, computed, (batch, q_heads, seqlen, seqlen))
     grid, args = forward.launch_arguments(
         q, k, v, out, lse, 0.1, left, right, operand(bias, dtype), hidden, softcap, empty(q_heads) if sinks else None,
-        ranges, empty(1, dtype=torch.int64) if dropout else None, 0.1 if dropout else 0.0, sm_count=132,
+        ranges, empty(1, dtype=torch.int64) if dropout else None, 0.1 if dropout else 0.0,
+        computed, sm_count=132,
     )  # fmt: skip
-    tile = forward.tile_for(head_dim, head_dim_v, window != "full", seqlen, bool(bias or mask or dropout))
+    tile = forward.tile_for(head_dim, head_dim_v, window != "full", seqlen, bool(bias or mask or dropout or formulas))
     budget = {tile.consumer_regs, tile.producer_regs}
-    return Case(forward.forward_kernel, args, {"num_warps": 4}, budget, SPILLS if hidden is None else SPILLS_WITH_MASK)
+    return Case(forward.forward_kernel, args, {"num_warps": 4}, budget, SPILLS if ranges is None else SPILLS_WITH_MASK)
+
+
+# What formulas are compiled with: texts of a bias and a mask, and the axes and dtypes of their tables.
+FORMULAS = {
+    "alibi": ("real(t0) * (real(k) - real(q))", "", (("h", torch.float32),)),
+    "documents": ("", "t0 == t1", (("bq", torch.int64), ("bk", torch.int64))),
+    "chunks": ("", "q // 512 == k // 512", ()),
+    "everything": ("real(t0) * abs(real(q) - real(k))", "(t1 == t2) | (k < 64)", (
+        ("h", torch.bfloat16), ("bq", torch.int32), ("bk", torch.int32),
+    )),
+}  # fmt: skip
+
+
+def _formulas(name: str, batch: int, q_heads: int, seqlen: int):
+    from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas
+
+    if not name:
+        return NO_FORMULAS
+    bias, mask, tables = FORMULAS[name]
+    sizes = dict(b=batch, h=q_heads, q=seqlen, k=seqlen)
+    shapes = ([sizes[axis] if axis in axes else 1 for axis in sizes] for axes, _ in tables)
+    return Formulas(bias, mask, tuple(torch.empty(x, dtype=of, device="meta") for x, (_, of) in zip(shapes, tables)))
+
+
+def _ranges(mask: torch.Tensor | None, formulas, shape: tuple[int, ...]) -> torch.Tensor | None:
+    from fa3_inductor.kernels.forward import ROWS
+    from fa3_inductor.kernels.ranges import mask_axes, ranges_shape
+    from fa3_inductor.kernels.terms import broadcast
+
+    if mask is None and not formulas.mask:
+        return None
+    axes = mask_axes(None if mask is None else broadcast("mask", mask, shape), formulas, shape)
+    return torch.empty(ranges_shape(shape, axes, ROWS), dtype=torch.int32, device="meta")
 
 
 def backward_case(
     head_dim: int, head_dim_v: int, window: str, dtype: torch.dtype, bias: str = "", mask: str = "",
-    softcap: float | None = None, bias_grad: bool = False, dropout: bool = False,
+    softcap: float | None = None, bias_grad: bool = False, dropout: bool = False, formulas: str = "",
 ) -> Case:  # fmt: skip
     """The case of the backward kernel that its tile table gives for a problem, as for `forward_case`."""
     from fa3_inductor.kernels import backward
@@ -163,12 +194,13 @@ def backward_case(
         empty([sizes[axis] if axis in axes else 1 for axis in sizes], dtype=of) if axes else None
         for axes, of in ((bias, dtype), (mask, torch.bool))
     )
-    tile = backward.tile_for(head_dim, head_dim_v, bool(bias or mask or softcap or dropout))
-    dq, dk, dv, rows, sums, dscores, ranges = backward._buffers(q, k, v, hidden, tile, bias_grad)
+    computed = _formulas(formulas, batch, q_heads, seqlen)
+    tile = backward.tile_for(head_dim, head_dim_v, bool(bias or mask or softcap or dropout or formulas))
+    dq, dk, dv, rows, sums, dscores, ranges = backward._buffers(q, k, v, hidden, computed, tile, bias_grad)
     grid, args = backward.launch_arguments(
         dout, q, k, v, added, hidden, rows[0].clone(), rows[1].clone(), sums, dk, dv, dscores, ranges, 0.1,
         *WINDOWS[window], softcap, empty(1, dtype=torch.int64) if dropout else None, 0.1 if dropout else 0.0,
-        tile=tile, sm_count=132,
+        computed, tile=tile, sm_count=132,
     )  # fmt: skip
     kernel = backward.backward_wide_kernel if tile.wide else backward.backward_kernel
     spills = SPILLS_OF_LARGE_TILES if tile.block_m == 128 or dropout else SPILLS_OF_BACKWARD
@@ -177,13 +209,11 @@ def backward_case(
 
 def fp8_case(
     head_dim: int, head_dim_v: int, window: str, blocks: bool = False, tokens: bool = False, bias: str = "",
-    mask: str = "", softcap: float | None = None, sinks: bool = False,
+    mask: str = "", softcap: float | None = None, sinks: bool = False, formulas: str = "",
 ) -> Case:  # fmt: skip
     """The case of the FP8 kernel that its tile table gives for a problem, as for `forward_case`."""
     from fa3_inductor.kernels import fp8
     from fa3_inductor.kernels.forward import ROWS
-    from fa3_inductor.kernels.ranges import ranges_shape
-    from fa3_inductor.kernels.terms import broadcast
 
     batch, q_heads, kv_heads, seqlen = 2, 8, 2, 4096
     sizes = dict(b=batch, h=q_heads, q=seqlen, k=seqlen)
@@ -196,22 +226,21 @@ def fp8_case(
         empty(*(sizes[axis] if axis in axes else 1 for axis in sizes), dtype=of) if axes else None
         for axes, of in ((bias, torch.bfloat16), (mask, torch.bool))
     )
-    tile = fp8.tile_for(head_dim, head_dim_v, tokens or bool(bias or mask or softcap))
+    tile = fp8.tile_for(head_dim, head_dim_v, tokens or bool(bias or mask or softcap or formulas))
     rows = (q_heads, ROWS), (kv_heads, tile.block_n), (kv_heads, tile.block_n)
     scales = [empty(batch, heads, seqlen // size if blocks else 1) for heads, size in rows]
-    ranges = None
-    if hidden is not None:
-        whole = broadcast("mask", hidden, (batch, q_heads, seqlen, seqlen))
-        ranges = empty(*ranges_shape(whole, ROWS), dtype=torch.int32)
+    computed = _formulas(formulas, batch, q_heads, seqlen)
+    ranges = _ranges(hidden, computed, (batch, q_heads, seqlen, seqlen))
     grid, args = fp8.launch_arguments(
         eights(batch, q_heads, seqlen, head_dim), eights(batch, kv_heads, seqlen, head_dim),
         eights(batch, kv_heads, head_dim_v, seqlen),
         empty(batch, q_heads, seqlen, head_dim_v, dtype=torch.bfloat16), empty(batch, q_heads, seqlen), scales, 0.1,
         *WINDOWS[window], added, hidden, softcap, empty(q_heads) if sinks else None, ranges,
-        tuple(empty(batch, heads, seqlen) for heads, _ in rows) if tokens else (), tile=tile, sm_count=132,
+        tuple(empty(batch, heads, seqlen) for heads, _ in rows) if tokens else (), computed, tile=tile,
+        sm_count=132,
     )  # fmt: skip
     budget = {tile.consumer_regs, tile.producer_regs}
-    spills = SPILLS_OF_LARGE_TILES if tokens else SPILLS_OF_FP8 if hidden is None else SPILLS_WITH_MASK
+    spills = SPILLS_OF_LARGE_TILES if tokens else SPILLS_OF_FP8 if ranges is None else SPILLS_WITH_MASK
     return Case(fp8.fp8_kernel, args, {"num_warps": 4}, budget, spills, product="QGMMA")
 
 
@@ -247,6 +276,10 @@ def cases() -> dict[str, functools.partial]:
         ("d64-dropout", (64, 64, "full", bf16), dict(dropout=True)),
         ("d128-dropout", (128, 128, "causal", bf16), dict(dropout=True)),
         ("d256-dropout-mask", (256, 256, "full", fp16), dict(dropout=True, mask="bk")),
+        ("d64-chunks", (64, 64, "causal", bf16), dict(formulas="chunks")),
+        ("d128-alibi", (128, 128, "causal", bf16), dict(formulas="alibi")),
+        ("d128-documents", (128, 128, "causal", bf16), dict(formulas="documents")),
+        ("d256-formulas", (256, 256, "full", bf16), dict(formulas="everything", mask="bk", bias="hqk")),
     ):
         made[f"forward-{name}"] = functools.partial(forward_case, *problem, **more)
     for name, problem in problems.items():
@@ -263,6 +296,9 @@ def cases() -> dict[str, functools.partial]:
         ("d64-dropout", (64, 64, "full", bf16), dict(dropout=True)),
         ("d128-dropout", (128, 128, "causal", bf16), dict(dropout=True)),
         ("d256-dropout-mask", (256, 256, "full", fp16), dict(dropout=True, mask="bk")),
+        ("d64-alibi", (64, 64, "causal", bf16), dict(formulas="alibi")),
+        ("d128-documents", (128, 128, "causal", bf16), dict(formulas="documents")),
+        ("d256-formulas", (256, 256, "full", bf16), dict(formulas="everything", mask="bk")),
     ):
         made[f"backward-{name}"] = functools.partial(backward_case, *problem, **more)
     for name, problem, more in (
@@ -278,6 +314,8 @@ def cases() -> dict[str, functools.partial]:
         ("d64-bias-blocks", (64, 64, "full"), dict(bias="hqk", blocks=True)),
         ("d128-mask-sinks", (128, 128, "causal"), dict(mask="bqk", sinks=True)),
         ("d256-softcap-mask", (256, 256, "full"), dict(softcap=50.0, mask="bk")),
+        ("d128-alibi-blocks", (128, 128, "causal"), dict(formulas="alibi", blocks=True)),
+        ("d64-documents", (64, 64, "causal"), dict(formulas="documents")),
     ):
         made[f"fp8-{name}"] = functools.partial(fp8_case, *problem, **more)
     return made

@@ -10,6 +10,8 @@ Arithmetic is float32, or float64 for float64 inputs; results are rounded once.
 import torch
 from torch import Tensor
 
+from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas, evaluate
+
 
 def attention_reference(
     q: Tensor,
@@ -26,6 +28,7 @@ def attention_reference(
     kept: Tensor | None = None,
     keep_scale: float = 1.0,
     rounded: Tensor | None = None,
+    formulas: Formulas = NO_FORMULAS,
 ) -> tuple[Tensor, Tensor]:
     """softmax(cap(scale * q @ k^T) + bias) @ v over the visible keys, with cap(x) = softcap * tanh(x / softcap).
 
@@ -40,11 +43,13 @@ def attention_reference(
         kept: bool [B, Hq, Sq, Sk], for dropout: the weights that are kept, which are multiplied by keep_scale.
         rounded: [B, Hkv, Sk], for FP8: v is weighted with what float8_e4m3fn makes of 2^8 times this times the weights.
 
+        formulas: a bias and a mask that are computed, beside those that are tensors.
+
     Returns:
         out [B, Hq, Sq, Dv] of q's dtype, and lse [B, Hq, Sq], the natural log of the sum of exp of each row's scores,
         its sink among them, of the dtype that was computed in.
     """
-    scores = _scores(q, k, bias, mask, scale, window_left, window_right, softcap)
+    scores = _scores(q, k, bias, mask, scale, window_left, window_right, softcap, formulas)
     if sinks is not None:
         column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], dim=-1)
@@ -80,6 +85,7 @@ def attention_backward_reference(
     softcap: float | None = None,
     kept: Tensor | None = None,
     keep_scale: float = 1.0,
+    formulas: Formulas = NO_FORMULAS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of `attention_reference`'s `out` (without sinks), recomputing the weights from `lse`.
 
@@ -90,7 +96,7 @@ def attention_backward_reference(
         dq, dk, dv in the shapes and dtypes of q, k, v, and dbias in bias's (None without a bias): summed over the
         dimensions that bias was broadcast along.
     """
-    scores = _scores(q, k, bias, mask, scale, window_left, window_right, softcap)
+    scores = _scores(q, k, bias, mask, scale, window_left, window_right, softcap, formulas)
     weights = torch.exp(scores - lse.to(scores.dtype).unsqueeze(-1)).masked_fill(scores == float("-inf"), 0.0)
     grad = dout.to(scores.dtype)
     delta = (grad * out.to(scores.dtype)).sum(dim=-1, keepdim=True)
@@ -177,7 +183,7 @@ def _dequantised(x: Tensor, scales: Tensor, rows: int) -> Tensor:
     return x.float() * scales.repeat_interleave(rows, 2)[:, :, : x.shape[2], None]
 
 
-def _scores(q, k, bias, mask, scale, window_left, window_right, softcap=None) -> Tensor:
+def _scores(q, k, bias, mask, scale, window_left, window_right, softcap, formulas) -> Tensor:
     """Scaled scores [B, Hq, Sq, Sk] with -inf at every key that is not visible."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     scores = q.to(dtype) @ _per_query_head(k, q).to(dtype).mT * scale
@@ -185,6 +191,8 @@ def _scores(q, k, bias, mask, scale, window_left, window_right, softcap=None) ->
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias.to(dtype)
+    if formulas.bias:
+        scores = scores + evaluate(formulas.bias, formulas.tables, scores.shape, dtype, q.device)
     row = torch.arange(q.shape[2], device=q.device).unsqueeze(-1)
     col = torch.arange(k.shape[2], device=q.device)
     if window_left is not None:
@@ -193,6 +201,9 @@ def _scores(q, k, bias, mask, scale, window_left, window_right, softcap=None) ->
         scores = scores.masked_fill(col > row + window_right, float("-inf"))
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
+    if formulas.mask:
+        visible = evaluate(formulas.mask, formulas.tables, scores.shape, dtype, q.device)
+        scores = scores.masked_fill(~visible, float("-inf"))
     return scores
 
 

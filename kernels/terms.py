@@ -1,25 +1,31 @@
 """What shapes the scores in the kernels beyond a scale and a window, as generated Gluon functions.
 
 A `ScoreProgram` says what there is (a soft cap, tensors that are added or that hide keys, and the axes that each really
-has); `functions` writes the device code for it, so that a kernel pays for what it uses and nothing else.
+has, and formulas that do the same); `functions` writes the device code for it, so that a kernel pays for what it uses
+and nothing else.
 """
 
 import functools
 import linecache
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+
+from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas, device_source, tables_of
 
 ALIGNED = 8
 
 
 @dataclass(frozen=True)
 class ScoreTerm:
-    """A tensor applied to the scores: "bias" is added, "mask" hides the keys where it is 0.
+    """A tensor applied to the scores: "bias" is added, "mask" hides the keys where it is 0, "table" is in formulas.
 
     `axes` says along which of (batch, head, query, key) it varies. If `aligned`, keys are neighbours in memory and
     the address and all other strides are multiples of ALIGNED elements, by which they are then counted.
@@ -32,29 +38,36 @@ class ScoreTerm:
 
 @dataclass(frozen=True)
 class ScoreProgram:
-    """softcap * tanh(scores / softcap) if there is a softcap, then the terms in order."""
+    """softcap * tanh(scores / softcap) if there is a softcap, then biases and masks: tensors and formulas.
+
+    The terms are in the order of the kernel's operands: bias, tables, mask.
+    """
 
     softcap: float | None = None
     terms: tuple[ScoreTerm, ...] = ()
+    bias_formula: str = ""
+    mask_formula: str = ""
 
     def without_mask(self) -> "ScoreProgram":
-        """The program where the mask hides nothing, on the same operands (the mask is the last)."""
-        return ScoreProgram(self.softcap, tuple(term for term in self.terms if term.kind != "mask"))
+        """The program where the masks hide nothing, on the same operands."""
+        count = sum(term.kind == "bias" for term in self.terms) + max([-1, *tables_of(self.bias_formula)]) + 1
+        return ScoreProgram(self.softcap, self.terms[:count], self.bias_formula)
 
 
 def program_of(
-    bias: Tensor | None, mask: Tensor | None, softcap: float | None, shape: tuple[int, int, int, int]
-) -> tuple[ScoreProgram, tuple]:
+    bias: Tensor | None, mask: Tensor | None, softcap: float | None, shape: tuple[int, int, int, int],
+    formulas: Formulas = NO_FORMULAS,
+) -> tuple[ScoreProgram, tuple]:  # fmt: skip
     """The program for scores of `shape` [B, Hq, Sq, Sk], and the kernel's operands for it, nested as it reads them.
 
     Args:
-        bias, mask: broadcastable to `shape`.
+        bias, mask: broadcastable to `shape`, as are the tables of `formulas`.
 
     Raises:
         ValueError: one of them is not.
     """
     terms, operands = [], []
-    for kind, tensor in (("bias", bias), ("mask", mask)):
+    for kind, tensor in (("bias", bias), *(("table", table) for table in formulas.tables), ("mask", mask)):
         if tensor is None:
             continue
         whole = broadcast(kind, tensor, shape)
@@ -65,7 +78,12 @@ def program_of(
             strides[:3] = (stride // ALIGNED for stride in strides[:3])
         terms.append(ScoreTerm(kind, tuple(stride != 0 for stride in strides), aligned))
         operands.append((whole, *(stride for stride in strides[: 3 if aligned else 4] if stride)))
-    return ScoreProgram(softcap, tuple(terms)), tuple(operands)
+    return ScoreProgram(softcap, tuple(terms), formulas.bias, formulas.mask), tuple(operands)
+
+
+def has_terms(bias: Tensor | None, mask: Tensor | None, softcap: float | None, formulas: Formulas) -> bool:
+    """Whether there is anything beyond a scale and a window for the scores."""
+    return bool(formulas.bias or formulas.mask) or any(x is not None for x in (bias, mask, softcap))
 
 
 def broadcast(kind: str, tensor: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
@@ -91,16 +109,34 @@ def functions(program: ScoreProgram, backward: bool = False) -> tuple:
     if program == ScoreProgram():
         return None, None, False
     source = _load_source(program, backward) + "\n\n" + _apply_source(program, backward)
-    filename = f"<fa3_inductor {program} {backward}>"
+    load, apply = _compiled(source, f"<fa3_inductor {program} {backward}>", gl, "load", "apply")
+    return gluon.jit(load), gluon.jit(apply), _is_scaled(program)
+
+
+@functools.cache
+def shown(program: ScoreProgram, backward: bool = False):
+    """shown(operands, batch, head, rows, columns, seqlen_q, seqlen_k): where a mask's formula shows keys, for Triton.
+
+    The arguments are those of `load`, and columns may lie past the end. If backward, it is [keys, queries].
+    """
+    lines = ["def shown(operands, batch, head, rows, columns, seqlen_q, seqlen_k, BOUNDED: gl.constexpr = True):"]
+    lines += _reading(program, backward, tables_of(program.mask_formula))
+    value = device_source(program.mask_formula, _in_formulas(program, backward, "x{}"))
+    source = "\n".join([*lines, f"    return {value}"])
+    return triton.jit(*_compiled(source, f"<fa3_inductor {program} {backward} shown>", tl, "shown"))
+
+
+def _compiled(source: str, filename: str, language, *names: str) -> tuple:
     # Triton reads a function's source where inspect finds it.
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    namespace = {"gl": gl, "__name__": __name__}
+    namespace = {"gl": language, "__name__": __name__}
     exec(compile(source, filename, "exec"), namespace)
-    return gluon.jit(namespace["load"]), gluon.jit(namespace["apply"]), _is_scaled(program)
+    return tuple(namespace[name] for name in names)
 
 
 def _is_scaled(program: ScoreProgram) -> bool:
-    return program.softcap is not None or any(term.kind == "bias" for term in program.terms)
+    has_bias = program.bias_formula or any(term.kind == "bias" for term in program.terms)
+    return program.softcap is not None or bool(has_bias)
 
 
 def _axes(backward: bool) -> tuple[str, str]:
@@ -109,10 +145,20 @@ def _axes(backward: bool) -> tuple[str, str]:
 
 
 def _load_source(program: ScoreProgram, backward: bool) -> str:
-    by_query, by_key = _axes(backward)
     lines = ["def load(operands, batch, head, rows, columns, seqlen_q, seqlen_k, BOUNDED: gl.constexpr):"]
-    lines += ["    rows = gl.minimum(rows, seqlen_q - 1).to(gl.int64)"]
-    for n, term in enumerate(program.terms):
+    lines += _reading(program, backward, range(len(program.terms)))
+    loaded = "".join(f"x{n}, " for n in range(len(program.terms)))
+    if program.bias_formula or program.mask_formula:
+        loaded += "rows, columns"
+    return "\n".join([*lines, f"    return ({loaded})"])
+
+
+def _reading(program: ScoreProgram, backward: bool, numbers: Iterable[int]) -> list[str]:
+    """Lines that read the terms of those numbers, as x0, x1, ..."""
+    by_query, by_key = _axes(backward)
+    lines = ["    rows = gl.minimum(rows, seqlen_q - 1)"]
+    for n in numbers:
+        term = program.terms[n]
         index = [f"operands[{n}][{sum(term.axes[:i]) + 1}]" for i in range(4)]
         if term.aligned:  # what Triton knows of a kernel's arguments it does not know of a partition's
             index[:3] = [f"({i} * {ALIGNED})" for i in index[:3]]
@@ -124,23 +170,36 @@ def _load_source(program: ScoreProgram, backward: bool) -> str:
                 lines.append(f"    at = at + {name} * {index[axis]}")
         if term.axes[2]:
             suffix = by_query if term.axes[3] else ""
-            lines.append(f"    at = at + (rows * {index[2]}){suffix}")
+            lines.append(f"    at = at + (rows.to(gl.int64) * {index[2]}){suffix}")
         if not term.axes[3]:
-            lines.append(f"    t{n} = gl.load(at)")
+            lines.append(f"    x{n} = gl.load(at)")
             continue
         suffix = by_key if term.axes[2] else ""
         columns = "columns" if term.aligned else f"columns.to(gl.int64) * {index[3]}"
         lines.append(f"    at = at + ({columns}){suffix}")
         lines.append("    if BOUNDED:")
-        lines.append(f"        t{n} = gl.load(at, mask=(columns < seqlen_k){suffix}, other=0)")
+        lines.append(f"        x{n} = gl.load(at, mask=(columns < seqlen_k){suffix}, other=0)")
         lines.append("    else:")
-        lines.append(f"        t{n} = gl.load(at)")
-    lines.append("    return (" + "".join(f"t{n}, " for n in range(len(program.terms))) + ")")
-    return "\n".join(lines)
+        lines.append(f"        x{n} = gl.load(at)")
+    return lines
+
+
+def _along(term: ScoreTerm, backward: bool) -> str:
+    """What makes two-dimensional what was read of a term."""
+    query, key = term.axes[2:]
+    by_query, by_key = _axes(backward)
+    return "" if query == key else by_query if query else by_key
+
+
+def _in_formulas(program: ScoreProgram, backward: bool, loaded: str) -> dict[str, str]:
+    """What the names of formulas are in device code. `loaded`, with a number for {}, is what was read of a term."""
+    by_query, by_key = _axes(backward)
+    tables = [n for n, term in enumerate(program.terms) if term.kind == "table"]
+    by_name = {f"t{i}": loaded.format(n) + _along(program.terms[n], backward) for i, n in enumerate(tables)}
+    return by_name | {"q": f"rows{by_query}", "k": f"columns{by_key}"}
 
 
 def _apply_source(program: ScoreProgram, backward: bool) -> str:
-    by_query, by_key = _axes(backward)
     log2e = math.log2(math.e)
     lines = ["def apply(s, scale, loaded):"]
     if program.softcap is None and _is_scaled(program) and not backward:
@@ -153,16 +212,24 @@ def _apply_source(program: ScoreProgram, backward: bool) -> str:
             '    r = gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [e], gl.float32, True, 1)'
         )
         lines.append(f"    s = r * {-2 * cap!r} + {cap!r}")
-    for n, term in enumerate(program.terms):
-        query, key = term.axes[2:]
-        suffix = "" if query == key else by_query if query else by_key
-        if term.kind == "bias":
-            factor = "scale" if backward and program.softcap is None else repr(log2e)
-            lines.append(f"    s = s + loaded[{n}].to(gl.float32){suffix} * {factor}")
-        else:
-            lines.append(f'    s = gl.where((loaded[{n}] != 0){suffix}, s, float("-inf"))')
+    factor = "scale" if backward and program.softcap is None else repr(log2e)
+    by_name = _in_formulas(program, backward, "loaded[{}]")
+    if program.bias_formula or program.mask_formula:
+        lines.append(f"    rows, columns = loaded[{len(program.terms)}], loaded[{len(program.terms) + 1}]")
+    biases = [f"loaded[{n}].to(gl.float32){_along(t, backward)}" for n, t in _of_kind(program, "bias")]
+    conditions = [f"(loaded[{n}] != 0){_along(t, backward)}" for n, t in _of_kind(program, "mask")]
+    if program.mask_formula:
+        conditions.append(device_source(program.mask_formula, by_name))
+    lines += [f"    s = s + {bias} * {factor}" for bias in biases]
+    if program.bias_formula:
+        lines.append(f"    s = s + {device_source(program.bias_formula, by_name, factor)}")
+    lines += [f'    s = gl.where({condition}, s, float("-inf"))' for condition in conditions]
     if backward:
         lines.append("    return s, " + ("1.0" if program.softcap is None else "r * (4.0 - 4.0 * r)"))
     else:
         lines.append("    return s")
     return "\n".join(lines)
+
+
+def _of_kind(program: ScoreProgram, kind: str) -> list[tuple[int, ScoreTerm]]:
+    return [(n, term) for n, term in enumerate(program.terms) if term.kind == kind]

@@ -153,6 +153,7 @@ class Algebra:
         self._constant = constant
         self._memo: dict[tuple[Node, Index], Value] = {}
         self.scores: dict[tuple[Any, Index], Any] = {}  # what scores.py read: a graph's attentions share their masks
+        self.nodes: dict[str, Node] = {}  # what Opaque atoms name
 
     def forget(self) -> None:
         """Drop what was worked out: a symbolic size has become a number."""
@@ -192,6 +193,7 @@ class Algebra:
             if step is None:
                 break
             node, index = step
+        self.nodes[node.name] = node
         atom = Opaque(sympy.Symbol(node.name), *index)
         return sympy.Ne(atom, ZERO) if tensor(node).dtype == torch.bool else atom
 

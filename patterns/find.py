@@ -571,7 +571,7 @@ def _read_sdpa(algebra: Algebra, node: Node) -> tuple[AttentionSpec, tuple[Node,
     text = describe(mask, axes, space)
     if empty is not Empty.IMPOSSIBLE and not all(hides_by_infinity(algebra, term) for term in raw):
         # In a row that it hides all of, a finite mask still weighs its keys: no part of it is a window.
-        terms = tuple(dataclasses.replace(t, kind=TermKind.BIAS, window=None) for t in terms)
+        terms = tuple(dataclasses.replace(t, kind=TermKind.BIAS, window=None, formula=None) for t in terms)
         mask = FULL
     form = "scaled_dot_product_attention"
     spec = AttentionSpec(

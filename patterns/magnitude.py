@@ -18,7 +18,11 @@ from .products import is_product
 
 aten = torch.ops.aten
 
-LEARNED = "fa3_learned"  # set in the meta of a captured input that is a parameter with a gradient
+# Set in the meta of a captured input: whether it is a parameter with a gradient, and whether it has a gradient. The latter
+# also of what may have one of its own.
+LEARNED, REQUIRES_GRAD = "fa3_learned", "fa3_requires_grad"
+# Set in the meta of inputs whose values are known: what returns their least and greatest, or None.
+KNOWN_BOUNDS = "fa3_known_bounds"
 ORDINARY = 1e2
 
 Bounds = tuple[float, float]
@@ -67,6 +71,21 @@ def may_have_gradient(node: Node) -> bool:
     return False
 
 
+def passes_gradient_on(node: Node) -> bool:
+    """Whether a tensor is computed from others that have a gradient."""
+    seen, stack = {node}, [node]
+    while stack:
+        current = stack.pop()
+        value = current.meta.get("val")
+        if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+            continue
+        if current.meta.get(REQUIRES_GRAD):
+            return True
+        stack += (source for source in current.all_input_nodes if source not in seen)
+        seen.update(current.all_input_nodes)
+    return False
+
+
 def _within(node: Node, found: Bounds | None) -> Bounds | None:
     """The bounds as far as they say more than the dtype; None if the dtype cannot hold them."""
     value = node.meta.get("val")
@@ -88,6 +107,8 @@ def _within(node: Node, found: Bounds | None) -> Bounds | None:
 def _bounds(node: Node) -> Bounds | None:
     if node.meta.get(LEARNED):
         return -ORDINARY, ORDINARY
+    if KNOWN_BOUNDS in node.meta:
+        return node.meta[KNOWN_BOUNDS]()
     if node.op != "call_function":
         return None
     if node.target is operator.getitem:

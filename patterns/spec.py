@@ -46,6 +46,14 @@ class Operand:
     shape: tuple[sympy.Expr, ...] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Formula:
+    """A mask or bias over positions as `kernels/formulas.py` has it; ``tables`` are those named t0, t1, ... in it."""
+
+    text: str
+    tables: tuple[Operand, ...]
+
+
 class Empty(enum.Enum):
     """What the user's spelling gives a query whose every key is masked, and what its gradient is."""
 
@@ -74,7 +82,8 @@ class Term:
     ``window`` is set where the term is nothing but a proved window, ``fill`` is what KEEP and DROP write over hidden
     scores. ``swallows`` is the value below which an added one leaves nothing of the score that it is added to, None if
     none is that low. ``known`` is whether its values are known to be 0 or those of a mask, ``ordinary`` whether a
-    BIAS is known to hold nothing but numbers that no mask of this attention is moved by.
+    BIAS is known to hold nothing but numbers that no mask of this attention is moved by. ``formula`` is the bias, or where
+    what the spec's window leaves visible is visible, if there is a formula for it.
     """
 
     kind: TermKind
@@ -85,6 +94,7 @@ class Term:
     swallows: float | None = None
     known: bool = True
     ordinary: bool = False
+    formula: Formula | None = None
 
 
 @dataclasses.dataclass(frozen=True)

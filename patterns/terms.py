@@ -8,6 +8,7 @@ from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
 from .algebra import Algebra, leaves, to_number
+from .formulas import formula_of_condition, formula_of_value
 from .indices import Index, Space
 from .layouts import NO_GRAD, layout_step, packet, tensor
 from .magnitude import magnitude, may_have_gradient
@@ -15,7 +16,7 @@ from .masks import FULL, Axes, Mask, no_row_is_empty, prove
 from .operands import Roles, widens
 from .reasons import Reason
 from .scores import MASK_THRESHOLD, Added, Hidden, is_low, visible_where
-from .spec import Empty, Operand, Rejected, Term, TermKind
+from .spec import Empty, Formula, Operand, Rejected, Term, TermKind
 
 aten = torch.ops.aten
 
@@ -52,7 +53,10 @@ def read_terms(
             kind = TermKind.DROP if raw_term.hides else TermKind.KEEP
             # A row of nothing but fills: equal weights for the keys at its top.
             swallows = float(raw_term.fill) / 2 if raw_term.fill.is_finite else None
-            terms.append(Term(kind, operand, window, fill=float(raw_term.fill), swallows=swallows))
+            formula = _formula_of_mask(algebra, condition, operand, roles, axes)
+            terms.append(
+                Term(kind, operand, window, fill=float(raw_term.fill), swallows=swallows, formula=formula)
+            )
             kinds.append(Empty.MEAN if raw_term.fill.is_finite else Empty.NAN)
             continue
         if not raw_term.coefficient.is_number:
@@ -63,7 +67,17 @@ def read_terms(
         swallows = None if known and empty is None else swallows_below(raw_term.dtype)
         coefficient = float(raw_term.coefficient)
         is_ordinary = position in ordinary
-        terms.append(Term(kind, operand, window, coefficient, swallows=swallows, known=known, ordinary=is_ordinary))
+        if kind is TermKind.MASK:
+            formula = _formula_of_mask(algebra, condition, operand, roles, axes)
+        elif _is_whole(operand):
+            formula = formula_of_value(algebra, raw_term.node, raw_term.index, coefficient, roles)
+        else:
+            formula = None
+        terms.append(
+            Term(
+                kind, operand, window, coefficient, swallows=swallows, known=known, ordinary=is_ordinary, formula=formula
+            )
+        )  # fmt: skip
         if not is_ordinary:
             kinds.append(empty or Empty.NAN_SCORES)
     mask = prove(space, sympy.And(*conditions), axes)
@@ -91,6 +105,21 @@ def read_terms(
     if empty is Empty.AS_WRITTEN:
         _check_as_written(raw)
     return tuple(terms), mask, empty
+
+
+def _formula_of_mask(
+    algebra: Algebra, condition: Boolean | None, operand: Operand, roles: Roles, axes: Axes
+) -> Formula | None:
+    """What a mask shows beyond the window that is proved of it."""
+    if condition is None or not _is_whole(operand):
+        return None
+    rest = prove(algebra.space, condition, axes).rest
+    return formula_of_condition(algebra, sympy.And(*rest), roles) if rest else None
+
+
+def _is_whole(operand: Operand) -> bool:
+    """Whether a mask or bias is a tensor with queries and keys both: of less, there is little to read."""
+    return bool(operand.groups[2] and operand.groups[3])
 
 
 # Beyond this a bias may be a mask that was not read as one; and the rounding of a row's log-sum-exp, on which gradients

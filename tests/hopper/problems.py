@@ -10,6 +10,7 @@ import random
 import torch
 
 from fa3_inductor.kernels.dropout import keep_scale, kept_weights
+from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas, evaluate
 
 LENGTHS = [1, 2, 63, 64, 127, 128, 129, 191, 257, 1000, 4097]
 LAYOUTS = ["bhsd", "bshd", "gated", "packed", "padded", "misaligned", "offset", "strided", "expanded"]
@@ -32,7 +33,8 @@ def make(layout, b, h, s, d, dtype):
 
 
 def eager(
-    q, k, v, scale, right, left=None, bias=None, mask=None, softcap=None, sinks=None, seed=None, dropout_p=0.0
+    q, k, v, scale, right, left=None, bias=None, mask=None, softcap=None, sinks=None, seed=None, dropout_p=0.0,
+    formulas=NO_FORMULAS,
 ):  # fmt: skip
     """What a model without fused attention computes, in the dtype of its inputs; zeros for rows that see no key."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
@@ -41,6 +43,9 @@ def eager(
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias.to(q.dtype)
+    if formulas.bias:
+        computed = evaluate(formulas.bias, formulas.tables, scores.shape, torch.float32, q.device)
+        scores = scores + computed.to(q.dtype)
     row = torch.arange(q.shape[2], device=q.device).unsqueeze(-1)
     column = torch.arange(k.shape[2], device=q.device)
     if right is not None:
@@ -49,6 +54,9 @@ def eager(
         scores = scores.masked_fill(column < row - left, -math.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
+    if formulas.mask:
+        visible = evaluate(formulas.mask, formulas.tables, scores.shape, torch.float32, q.device)
+        scores = scores.masked_fill(~visible, -math.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(q.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
         weights = scores.softmax(-1)[..., :-1]
@@ -120,7 +128,37 @@ def drawn(seed):
     if pick.random() < 0.2:
         options["seed"] = torch.randint(0, 2**63 - 1, (1,), device="cuda")
         options["dropout_p"] = pick.choice([0.1, 0.5])
+    if pick.random() < 0.3:
+        options["formulas"] = drawn_formulas(pick, b, hq, sq, sk, dtype)
     return (q, k, v), options
+
+
+def drawn_formulas(pick, b, h, sq, sk, dtype):
+    """A bias, a mask or both, of the kinds that models have."""
+    some = lambda *sizes: [pick.choice([1, size]) for size in sizes]  # noqa: E731
+    slopes = torch.rand(*some(b, h), 1, 1, device="cuda").to(pick.choice([dtype, torch.float32]))
+    integer = pick.choice([torch.int64, torch.int32, torch.uint8])
+    documents = lambda *shape: torch.randint(0, 3, shape, device="cuda").sort(-1).values.to(integer)  # noqa: E731
+    bias, mask, tables = pick.choice([
+        ("real(t0) * (real(k) - real(q))", "", lambda: [slopes]),
+        ("-0.5 * real(t0) * abs(real(q) - real(k))", "", lambda: [slopes]),
+        ("minimum(real(abs(k - q)), 8.0) + exp(-real(t0) * real(q))", "", lambda: [slopes]),
+        ("where(k < 100, real(t0), sqrt(real(q)))", "", lambda: [slopes]),
+        ("real(t0) + real(t1)", "", lambda: [
+            torch.randn(*some(b, h), sq, 1, device="cuda"), torch.randn(*some(b, h), 1, sk, device="cuda")
+        ]),
+        ("", "t0 == t1", lambda: [documents(b, 1, 1, sq).mT, documents(b, 1, 1, sk)]),
+        ("", "(k <= q) | (k < t0)", lambda: [torch.randint(0, 200, (*some(b, h), 1, 1), device="cuda")]),
+        ("", "q // 96 == k // 96", lambda: []),
+        ("", "~((k - q > 70) & (k % 5 != 0))", lambda: []),
+        ("", "(t0 != 0) & (k - t1 < q)", lambda: [
+            torch.rand(*some(b, h), 1, sk, device="cuda") > 0.3, documents(b, 1, 1, sq).mT.to(torch.int64) * 100,
+        ]),
+        ("real(t0) * real(k)", "(t1 == t2) & (k <= q)", lambda: [
+            slopes, documents(b, 1, 1, sq).mT, documents(b, 1, 1, sk)
+        ]),
+    ])  # fmt: skip
+    return Formulas(bias, mask, tuple(tables()))
 
 
 S = 1000

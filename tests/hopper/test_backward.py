@@ -7,6 +7,7 @@ import torch
 
 from fa3_inductor import ops  # noqa: F401  (registers the operators)
 from fa3_inductor.kernels import output_like
+from fa3_inductor.kernels.formulas import NO_FORMULAS
 from fa3_inductor.kernels.reference import attention_backward_reference, attention_reference
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
@@ -35,25 +36,26 @@ def poison(monkeypatch):
 
 def check(
     q, k, v, *, scale, window_left=None, window_right=None, bias=None, mask=None, softcap=None, sinks=None, seed=None,
-    dropout_p=0.0,
+    dropout_p=0.0, formulas=NO_FORMULAS,
 ):  # fmt: skip
     """All gradients of one problem, the bias's too if it requires one."""
     window = dict(window_left=window_left, window_right=window_right)
     bias_grad = bias is not None and bias.requires_grad
     leaves = [x.detach().requires_grad_() for x in (q, k, v)] + [bias] * bias_grad
-    theirs = eager(*leaves[:3], scale, window_right, window_left, bias, mask, softcap, sinks, seed, dropout_p)
+    theirs = eager(*leaves[:3], scale, window_right, window_left, bias, mask, softcap, sinks, seed, dropout_p, formulas)
     dout = torch.randn_like(theirs)
     theirs = torch.autograd.grad(theirs, leaves, dout)
     q, k, v, dout = (x.detach() for x in (q, k, v, dout))
     bias = None if bias is None else bias.detach()
     dropout = dict(seed=seed, dropout_p=dropout_p)
-    out, lse = attention_forward(q, k, v, bias, mask, scale=scale, softcap=softcap, sinks=sinks, **window, **dropout)
+    out, lse = attention_forward(q, k, v, bias, mask, scale=scale, softcap=softcap, sinks=sinks, **window, **dropout, formulas=formulas)
     got = attention_backward(
         dout, q, k, v, bias, mask, out, lse, scale=scale, softcap=softcap, bias_grad=bias_grad, **window,
-        **dropout,
+        **dropout, formulas=formulas,
     )  # fmt: skip
     double = [None if x is None else x.double() for x in (q, k, v, bias)]
-    in_double = dict(scale=scale, softcap=softcap, **window, **exactly(dropout)[1]((*q.shape[:3], k.shape[2])))
+    in_double = dict(scale=scale, softcap=softcap, formulas=formulas, **window)
+    in_double |= exactly(dropout)[1]((*q.shape[:3], k.shape[2]))
     exact_out = attention_reference(*double, mask, sinks=None if sinks is None else sinks.double(), **in_double)
     exact = attention_backward_reference(dout.double(), *double, mask, *exact_out, **in_double)
     # Gradients that may be zero are differences of what they would be if out were.

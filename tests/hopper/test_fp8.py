@@ -20,7 +20,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
 from fa3_inductor.kernels import fp8, launch
 from fa3_inductor.kernels.fp8 import attention_fp8, attention_quantised, tile_for
 
-from .problems import HEAD_DIMS, LENGTHS, MASKS, S, lies_like, make
+from .problems import HEAD_DIMS, LENGTHS, MASKS, S, drawn_formulas, lies_like, make
 
 E4M3 = torch.float8_e4m3fn
 
@@ -72,6 +72,8 @@ def drawn(seed):
         options["softcap"] = pick.choice([1.0, 30.0])
     if pick.random() < 0.2:
         options["sinks"] = torch.randn(hq, device="cuda", dtype=pick.choice([dtype, torch.float32]))
+    if pick.random() < 0.3:
+        options["formulas"] = drawn_formulas(pick, b, hq, sq, sk, dtype)
     return (q, k, v), options
 
 
@@ -255,7 +257,7 @@ def test_bad_input():
         attention_fp8(q.to(torch.float8_e5m2), k, v, one, one, one, scale=0.1)
     with pytest.raises(ValueError, match=r"q_scale \[3, 1\] does not broadcast to \[1, 2, 64\]"):
         attention_fp8(q, k, v, torch.ones(3, 1, device="cuda"), one, one, scale=0.1)
-    with pytest.raises(ValueError, match="k_scale is float32, not torch.float64"):
+    with pytest.raises(ValueError, match="k_scale is float32 on cuda:0, not torch.float64"):
         attention_fp8(q, k, v, one, one.double(), one, scale=0.1)
     with pytest.raises(ValueError, match="head_dim 16, 32"):
         attention_fp8(*(x[..., :24] for x in (q, k, v)), one, one, one, scale=0.1)

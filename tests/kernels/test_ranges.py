@@ -9,7 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from fa3_inductor.kernels.ranges import ranges_shape  # noqa: E402
+from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas, evaluate  # noqa: E402
+from fa3_inductor.kernels.ranges import mask_axes, ranges_shape  # noqa: E402
 from fa3_inductor.kernels.terms import broadcast  # noqa: E402
 
 ROWS = 64
@@ -61,10 +62,39 @@ def masks():
     ]
 
 
+def formulas():
+    """(name, formulas, mask beside them or None, [B, H, Sq, Sk])"""
+    generator = torch.Generator().manual_seed(torch.seed())
+    documents = torch.randint(0, 4, (2, 1, 1, 300), generator=generator).sort().values
+    lengths = torch.tensor([0, 700, 129, 128])[:, None, None, None]
+    keep = torch.rand(3, 1, 1, 700, generator=generator) > 0.001
+    return [
+        ("causal", Formulas("", "k <= q"), None, (2, 3, 300, 700)),
+        ("chunks", Formulas("", "q // 64 == k // 64"), None, (1, 2, 300, 300)),
+        ("documents", Formulas("", "t0 == t1", (documents.mT, documents)), None, (2, 3, 300, 300)),
+        ("documents in bytes", Formulas("", "t0 == t1", (documents.mT.to(torch.uint8), documents.to(torch.uint8))), None,
+         (2, 1, 300, 300)),
+        ("a prefix of each", Formulas("", "(k <= q) | (k < t0)", (lengths,)), None, (4, 2, 300, 700)),
+        ("lengths", Formulas("", "k < t0", (lengths,)), None, (4, 2, 300, 700)),
+        ("some batches", Formulas("", "t0 != 0", (lengths,)), None, (4, 2, 300, 700)),
+        ("beside a mask", Formulas("real(t0)", "k <= q", (torch.rand(1, 3, 1, 1),)), keep, (3, 3, 300, 700)),
+        ("of a bias too", Formulas("real(t0)", "(t1 != 0) & (q != 5)", (torch.rand(2, 1, 1, 1), keep[:1])), None,
+         (2, 1, 300, 700)),
+    ]  # fmt: skip
+
+
 def cases():
+    """(name, mask or None, formulas, what is shown, block_n, by_key)"""
     for name, mask, shape in masks():
         for block_n in (64, 128):
-            yield f"{name}, {block_n}", broadcast("mask", mask.bool(), shape), block_n
+            whole = broadcast("mask", mask.bool(), shape)
+            yield f"{name}, {block_n}", whole, NO_FORMULAS, whole, block_n, False
+    for name, computed, mask, shape in formulas():
+        for by_key in (False, True):
+            whole = None if mask is None else broadcast("mask", mask, shape)
+            seen = evaluate(computed.mask, computed.tables, shape, torch.float32, torch.device("cpu")).expand(shape)
+            seen = seen.to(torch.uint8) if mask is None else seen * whole
+            yield f"computed {name}, {by_key}", whole, computed, seen, 64, by_key
 
 
 def main() -> int:
@@ -72,17 +102,22 @@ def main() -> int:
     from fa3_inductor.kernels.ranges import ranges_arguments, ranges_kernel
 
     wrong = 0
-    for name, whole, block_n in cases():
-        ranges = torch.full(ranges_shape(whole, ROWS), -1, dtype=torch.int32)
-        grid, args = ranges_arguments(whole, ranges, ROWS, block_n)
+    for name, whole, computed, seen, block_n, by_key in cases():
+        shape = seen.shape
+        axes = mask_axes(whole, computed, shape)
+        if by_key:
+            shape, axes = (*shape[:2], shape[3], shape[2]), (*axes[:2], axes[3], axes[2])
+            whole, seen = None if whole is None else whole.mT, seen.mT
+        ranges = torch.full(ranges_shape(shape, axes, ROWS), -1, dtype=torch.int32)
+        grid, args = ranges_arguments(whole, ranges, ROWS, block_n, shape, axes[2], computed, by_key)
         ranges_kernel[grid](*args)
-        wanted = expected(whole, block_n)
+        wanted = expected(seen, block_n)
         got = ranges.expand(wanted.shape)
         # Which of several longest runs it is does not matter.
         same = torch.equal(got[..., :2], wanted[..., :2]) and torch.equal(got.diff()[..., 2], wanted.diff()[..., 2])
         inside = all(
             block[2] == block[3]
-            or whole[b, h, n * ROWS : (n + 1) * ROWS, block[2] * block_n : block[3] * block_n].all()
+            or seen[b, h, n * ROWS : (n + 1) * ROWS, block[2] * block_n : block[3] * block_n].all()
             for b, heads in enumerate(got.tolist())
             for h, blocks in enumerate(heads)
             for n, block in enumerate(blocks)
@@ -107,8 +142,9 @@ def test_much_is_loaded_at_once(rows, by_key):
 
     whole = torch.empty(8192, 8192, dtype=torch.uint8, device="meta").expand(2, 4, 8192, 8192)
     whole = whole.mT if by_key else whole
-    ranges = torch.empty(ranges_shape(whole, rows), dtype=torch.int32, device="meta")
-    _, args = ranges_arguments(whole, ranges, rows, 128)
+    shape, axes = (2, 4, 8192, 8192), (False, False, True, True)
+    ranges = torch.empty(ranges_shape(shape, axes, rows), dtype=torch.int32, device="meta")
+    _, args = ranges_arguments(whole, ranges, rows, 128, shape, True)
     report = compile_offline("ranges", ranges_kernel, args, {"num_warps": 16})
     assert report.spill_bytes <= SPILLS[0]
     assert by_key or report.counts["LDG"] == 8  # of 16 bytes by 512 threads: 64 KB

@@ -1,0 +1,349 @@
+"""Masks and biases as formulas over positions, which the kernels compute instead of reading a tensor of all scores.
+
+What a formula can say is in `kernels/formulas.py`. Where the algebra knows a value, that is written down; where a
+tensor does not vary along queries and keys both, it becomes a table; what is between, operation by operation. Integers
+and conditions are those of the user's code. Reals are computed in float32, where the code may round to less.
+"""
+
+import dataclasses
+import math
+import re
+
+import sympy
+import torch
+from sympy.logic.boolalg import Boolean
+from torch.fx import Node
+
+from .algebra import Algebra, Choice, Opaque, Value, is_condition, round_to
+from .indices import Index, broadcast_index, is_nonnegative, shape_exprs
+from .layouts import NO_GRAD, argument, layout_step, packet, tensor
+from .operands import Roles
+from .spec import Formula, Operand
+
+aten = torch.ops.aten
+
+
+class _Inexpressible(Exception):
+    """There is no formula for this."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Text:
+    """A part of a formula: a "condition", an "integer" or a "real"; ``exact`` if no operation has rounded it.
+
+    ``as_real`` is what an integer is as a real number, if not real() of it: sums of that are of one dimension for longer.
+    ``dtype`` is that of the tables in an integer; one without is known to be small.
+    """
+
+    kind: str
+    text: str
+    exact: bool = True
+    as_real: str = ""
+    dtype: torch.dtype | None = None
+
+    def real(self) -> str:
+        if self.kind == "real":
+            return self.text
+        return self.as_real or f"real({_as_integer(self).text})"
+
+
+def formula_of_condition(algebra: Algebra, condition: Boolean, roles: Roles) -> Formula | None:
+    """The formula that is true where ``condition`` is, or None if there is none."""
+    writer = _Writer(algebra, roles)
+    try:
+        text = writer.condition(condition)
+    except _Inexpressible:
+        return None
+    return Formula(text, tuple(writer.tables))
+
+
+def formula_of_value(algebra: Algebra, node: Node, index: Index, factor: float, roles: Roles) -> Formula | None:
+    """The formula for ``factor * node[index]``, or None if there is none."""
+    writer = _Writer(algebra, roles)
+    try:
+        value = writer.read(node, index)
+    except _Inexpressible:
+        return None
+    text = value.real()
+    return Formula(text if factor == 1 else f"{_number(factor)} * {_wrapped(text)}", tuple(writer.tables))
+
+
+# A position times this is no larger than 32 bits can hold: positions are below 2^22.
+_LARGEST_FACTOR = 2**8
+
+_RELATIONS = {sympy.Eq: "==", sympy.Ne: "!=", sympy.Lt: "<", sympy.Le: "<=", sympy.Gt: ">", sympy.Ge: ">="}
+_COMPARISONS = {aten.eq: "==", aten.ne: "!=", aten.lt: "<", aten.le: "<=", aten.gt: ">", aten.ge: ">="}
+_JUNCTIONS = {
+    aten.logical_and: "&", aten.bitwise_and: "&", aten.__and__: "&",
+    aten.logical_or: "|", aten.bitwise_or: "|", aten.__or__: "|",
+}  # fmt: skip
+_ARITHMETIC = {aten.add: "+", aten.sub: "-", aten.mul: "*"}
+_OF_ONE_REAL = {aten.exp: "exp", aten.log: "log", aten.sqrt: "sqrt"}
+_OF_TWO = {aten.minimum: "minimum", aten.maximum: "maximum"}
+_OPERATIONS = {*_ARITHMETIC, *_OF_ONE_REAL, *_OF_TWO, aten.rsub, aten.div, aten.neg, aten.abs}
+_CASTS = (aten._to_copy, aten.to, aten.type_as)
+
+
+class _Writer:
+    """Writes one formula and collects its tables."""
+
+    def __init__(self, algebra: Algebra, roles: Roles) -> None:
+        self.algebra = algebra
+        self.roles = roles
+        self.tables: list[Operand] = []
+
+    # ------------------------------------------------------------------ what the algebra knows
+
+    def condition(self, condition: Boolean) -> str:
+        match condition:
+            case sympy.And() | sympy.Or():
+                between = " & " if isinstance(condition, sympy.And) else " | "
+                return between.join(_wrapped(self.condition(part)) for part in condition.args)
+            case sympy.Not():
+                return f"~({self.condition(condition.args[0])})"
+        if type(condition) not in _RELATIONS:
+            raise _Inexpressible
+        if isinstance(condition.lhs, Opaque) and condition.rhs == 0 and isinstance(condition, (sympy.Eq, sympy.Ne)):
+            read = self._opaque(condition.lhs)
+            if read.kind == "condition":
+                return read.text if isinstance(condition, sympy.Ne) else f"~({read.text})"
+        kind, terms = type(condition), sympy.Add.make_args(sympy.expand(condition.lhs - condition.rhs))
+        by_keys = [self.roles.k != 0 and self.roles.k in term.free_symbols for term in terms]
+        # Keys on the left and the rest on the right: as far as that goes, sides of one dimension each.
+        left = sympy.Add(*(term for term, by_key in zip(terms, by_keys) if by_key))
+        right = -sympy.Add(*(term for term, by_key in zip(terms, by_keys) if not by_key))
+        if left.could_extract_minus_sign():
+            left, right, kind = -left, -right, condition.reversed.func
+        return _compared(_RELATIONS[kind], self.value(left), self.value(right))
+
+    def value(self, value: Value) -> _Text:
+        """What the algebra knows of a tensor."""
+        if isinstance(value, Choice):
+            if _is_absolute(value):
+                inner = self.value(value.no)
+                return dataclasses.replace(inner, text=f"abs({inner.text})", as_real=f"abs({inner.real()})")
+            return _chosen(self.condition(value.condition), self.value(value.yes), self.value(value.no))
+        if is_condition(value):
+            return _Text("condition", self.condition(value))
+        if value.is_Integer:
+            if abs(value) >= 2**30:
+                raise _Inexpressible
+            return _Text("integer", str(value), as_real=_number(float(value)))
+        if value.is_number:
+            return _Text("real", _number(float(value)))
+        if value == self.roles.q:
+            return _Text("integer", "q")
+        if value == self.roles.k:
+            return _Text("integer", "k")
+        match value:
+            case Opaque():
+                return self._opaque(value)
+            case sympy.Add():
+                first, *rest = sorted(value.args, key=lambda part: part.could_extract_minus_sign())
+                total = self.value(first)
+                for part in rest:
+                    negative = part.could_extract_minus_sign()
+                    total = _joined(" - " if negative else " + ", [total, self.value(-part if negative else part)])
+                return total
+            case sympy.Mul():
+                factor, rest = value.as_coeff_Mul()
+                if factor == 1 or rest.is_Mul or (factor.is_Integer and abs(factor) > _LARGEST_FACTOR):
+                    raise _Inexpressible  # may be large
+                return _joined(" * ", [self.value(factor), self.value(rest)])
+            case sympy.floor() | sympy.Mod():
+                return self._divided(value)
+        raise _Inexpressible
+
+    def _divided(self, value: sympy.Expr) -> _Text:
+        if isinstance(value, sympy.Mod):
+            (dividend, divisor), operation = value.args, "%"
+        else:
+            (dividend, divisor), operation = sympy.fraction(sympy.together(value.args[0])), "//"
+        bounds = None if dividend.has(Opaque) else self.algebra.space.bounds(dividend)
+        if not (divisor.is_Integer and divisor > 0) or bounds is None or not is_nonnegative(bounds[0]):
+            raise _Inexpressible
+        inner = self.value(dividend)
+        if inner.kind != "integer":
+            raise _Inexpressible
+        return _Text("integer", f"{_wrapped(inner.text)} {operation} {divisor}")
+
+    def _opaque(self, atom: Opaque) -> _Text:
+        name, *index = atom.args
+        return self._of_node(self.algebra.nodes[name.name], tuple(index))
+
+    # ------------------------------------------------------------------ operation by operation
+
+    def read(self, node: Node, index: Index) -> _Text:
+        """node[index]"""
+        value = self.algebra.value(node, index)
+        is_known = not any(v.has(Opaque) for v in _atoms(value))
+        return self.value(value) if is_known else self._of_node(node, index)
+
+    def _of_node(self, node: Node, index: Index) -> _Text:
+        symbols = set().union(*(entry.free_symbols for entry in index))
+        if not {self.roles.q, self.roles.k} <= symbols:
+            return self._table(node, index)
+        if node.op != "call_function" or node.meta.get(NO_GRAD):
+            raise _Inexpressible
+        step = layout_step(self.algebra.space, node, index)
+        if step is not None:
+            return self.read(*step)
+        dtype = tensor(node).dtype
+        if dtype in (torch.float16, torch.float64) or dtype.is_complex:
+            raise _Inexpressible  # may overflow, or is computed with more than float32 has
+        kind = packet(node)
+        if kind in _CASTS:
+            return self._cast(node, index)
+        if kind in (aten.where, aten.masked_fill) and len(node.args) == 3:
+            condition, *sides = node.args if kind is aten.where else (node.args[i] for i in (1, 2, 0))
+            yes, no = (self._operand(x, index, dtype) for x in sides)
+            return _chosen(_as_condition(self._operand(condition, index, torch.bool)), yes, no)
+        if kind in _COMPARISONS and len(node.args) == 2:
+            promoted = torch.result_type(*(x.meta["val"] if isinstance(x, Node) else x for x in node.args))
+            operands = (self._operand(x, index, promoted, keeps=not promoted.is_floating_point) for x in node.args)
+            return _Text("condition", _compared(_COMPARISONS[kind], *operands))
+        if kind in _JUNCTIONS and dtype == torch.bool:
+            left, right = (_as_condition(self._operand(x, index, torch.bool)) for x in node.args[:2])
+            return _Text("condition", f"{_wrapped(left)} {_JUNCTIONS[kind]} {_wrapped(right)}")
+        if kind in (aten.logical_not, aten.bitwise_not) and dtype == torch.bool:
+            return _Text("condition", f"~({_as_condition(self._operand(node.args[0], index, torch.bool))})")
+        if kind not in _OPERATIONS or dtype == torch.bool or len(node.args) > 2:
+            raise _Inexpressible
+        if not dtype.is_floating_point and dtype not in (torch.int32, torch.int64):
+            raise _Inexpressible  # narrower ones wrap around
+        operands = [self._operand(x, index, dtype) for x in node.args]
+        if kind is aten.rsub and argument(node, 2, "alpha", 1) == 1:
+            return _joined(" - ", operands[::-1])
+        if kind in _ARITHMETIC and argument(node, 2, "alpha", 1) == 1:
+            return _joined(f" {_ARITHMETIC[kind]} ", operands)
+        if kind is aten.div and node.kwargs.get("rounding_mode") is None:
+            return _joined(" / ", operands, ["real", "real"])
+        if kind is aten.neg:
+            return dataclasses.replace(operands[0], text=f"-{_wrapped(operands[0].text)}", as_real="")
+        if kind is aten.abs:
+            inner = operands[0]
+            return dataclasses.replace(inner, text=f"abs({inner.text})", as_real=f"abs({inner.real()})")
+        if kind in _OF_TWO:
+            left, right = _alike(operands)
+            text = f"{_OF_TWO[kind]}({left.text}, {right.text})"
+            return _Text(left.kind, text, left.exact and right.exact, dtype=_dtype_of([left, right]))
+        return _Text("real", f"{_OF_ONE_REAL[kind]}({operands[0].real()})", False)
+
+    def _operand(self, x: object, index: Index, dtype: torch.dtype, keeps: bool = False) -> _Text:
+        """An operand that broadcasting aligns with ``index``, in ``dtype``; as it is if it ``keeps`` its own."""
+        if isinstance(x, Node) and isinstance(x.meta.get("val"), torch.Tensor):
+            text = self.read(x, broadcast_index(index, shape_exprs(tensor(x))))
+            return text if keeps else _converted(text, tensor(x).dtype, dtype)
+        value = self.algebra.value(x, ())
+        if is_condition(value) or not value.is_number or not value.is_finite:
+            raise _Inexpressible
+        if not dtype.is_floating_point:
+            if dtype != torch.bool and not torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max:
+                raise _Inexpressible
+            return self.value(value)
+        return _Text("real", _number(float(value)), exact=round_to(value, dtype) == value)
+
+    def _cast(self, node: Node, index: Index) -> _Text:
+        source = node.args[0]
+        return _converted(self.read(source, index), tensor(source).dtype, tensor(node).dtype)
+
+    def _table(self, node: Node, index: Index) -> _Text:
+        operand, step = None, (node, index)
+        while step is not None:
+            found = self.roles.group(*step, self.roles.q, self.roles.k, repeats=True)
+            if found is not None and len(found.groups[1]) in (0, len([1 for _, s in self.roles.heads if s != 1])):
+                operand = found
+            step = None if step[0].meta.get(NO_GRAD) else layout_step(self.algebra.space, *step)
+        dtype = tensor(node).dtype
+        if operand is None or dtype == torch.float64 or dtype.is_complex:
+            raise _Inexpressible
+        if operand not in self.tables:
+            self.tables.append(operand)
+        name = f"t{self.tables.index(operand)}"
+        if dtype.is_floating_point:
+            return _Text("real", f"real({name})")
+        return _Text("condition", f"{name} != 0") if dtype == torch.bool else _Text("integer", name, dtype=dtype)
+
+
+def _is_absolute(value: Choice) -> bool:
+    if is_condition(value.no) or isinstance(value.no, Choice) or value.yes != -value.no:
+        return False
+    return value.condition in (sympy.Lt(value.no, 0), sympy.Le(value.no, 0))
+
+
+def _atoms(value: Value) -> list[sympy.Basic]:
+    if isinstance(value, Choice):
+        return [value.condition, *_atoms(value.yes), *_atoms(value.no)]
+    return [value]
+
+
+def _number(x: float) -> str:
+    if not math.isfinite(x):
+        raise _Inexpressible
+    return repr(float(x))
+
+
+def _converted(text: _Text, source: torch.dtype, dtype: torch.dtype) -> _Text:
+    """A value of dtype ``source`` in another. To a narrower real it is not rounded."""
+    if dtype == torch.bool:
+        return _Text("condition", _as_condition(text))
+    if dtype.is_floating_point:
+        is_lossless = text.kind == "condition" or (source.is_floating_point and dtype.itemsize >= source.itemsize)
+        if dtype in (torch.float16, torch.float64) and source != dtype:
+            raise _Inexpressible
+        return _Text("real", text.real(), text.exact and is_lossless)
+    if text.kind == "real" or text.dtype not in (None, dtype) or dtype not in (torch.int32, torch.int64):
+        raise _Inexpressible
+    return _as_integer(text)
+
+
+def _as_condition(text: _Text) -> str:
+    if text.kind == "condition":
+        return text.text
+    if not text.exact:
+        raise _Inexpressible
+    return f"{_wrapped(text.text)} != " + ("0.0" if text.kind == "real" else "0")
+
+
+def _as_integer(text: _Text) -> _Text:
+    return _Text("integer", f"where({text.text}, 1, 0)") if text.kind == "condition" else text
+
+
+def _alike(texts: list[_Text], kinds: list[str] | None = None) -> list[_Text]:
+    """The parts as all integers, or as all reals."""
+    if "real" in (kinds or [text.kind for text in texts]):
+        return [_Text("real", text.real(), text.exact) for text in texts]
+    return [_as_integer(text) for text in texts]
+
+
+def _joined(between: str, texts: list[_Text], kinds: list[str] | None = None) -> _Text:
+    parts = _alike(texts, kinds)
+    text = between.join(_wrapped(part.text) for part in parts)
+    if parts[0].kind == "real":
+        return _Text("real", text, False)
+    as_real = between.join(_wrapped(part.real()) for part in parts)
+    return _Text("integer", text, as_real=as_real, dtype=_dtype_of(parts))
+
+
+def _dtype_of(integers: list[_Text]) -> torch.dtype | None:
+    return next((part.dtype for part in integers if part.dtype is not None), None)
+
+
+def _wrapped(text: str) -> str:
+    return text if re.fullmatch(r"[\w.]+|\w+\([^()]*\)", text) else f"({text})"
+
+
+def _compared(relation: str, left: _Text, right: _Text) -> str:
+    left, right = _alike([left, right])
+    if not (left.exact and right.exact):
+        raise _Inexpressible  # what is rounded differently may compare differently
+    if len({left.dtype, right.dtype} - {None, torch.int32, torch.int64}) > 1:
+        raise _Inexpressible  # of several narrow ones: where they have different signs, not all compare as torch does
+    return f"{_wrapped(left.text)} {relation} {_wrapped(right.text)}"
+
+
+def _chosen(condition: str, yes: _Text, no: _Text) -> _Text:
+    yes, no = _alike([yes, no])
+    return _Text(
+        yes.kind, f"where({condition}, {yes.text}, {no.text})", yes.exact and no.exact, dtype=_dtype_of([yes, no])
+    )
