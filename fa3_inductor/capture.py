@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import operator
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -143,6 +144,7 @@ class _Recorder(torch.fx.Interpreter):
         self._by_storage: dict[int | None, list[Node]] = {}
         self._graph_length = 0
         self._step = -1
+        self._mapped: dict[Node, int] = {}  # what has other axes than in the user's code, and how many of its own
 
     def run_with_attributes(self, *args: Any) -> Any:
         """Run with the values of the module's own tensors after those of the graph inputs."""
@@ -157,9 +159,10 @@ class _Recorder(torch.fx.Interpreter):
     def run_node(self, n: Node) -> Any:
         self._step += 1
         self.current = n
-        result = super().run_node(n)
+        vmapped = self._in_vmap(n)
+        result = super().run_node(n) if vmapped is None else vmapped()
         tracer = tracing.current_tracer()
-        if n.op != "output":
+        if n.op != "output" and n not in self._mapped:
             value = _traced(result, tracer)
             if value is not None:
                 self.history[n] = [(self._step, value)]
@@ -167,6 +170,56 @@ class _Recorder(torch.fx.Interpreter):
             if may_write(n):
                 self._follow_write(n, tracer)
         self._note_origins(n, tracer.graph)
+        return result
+
+    # A vmapped function (as transformers makes masks of) would be traced on tensors of its own kind, which are no
+    # functional ones. It runs on broadcast ones instead: [a level's batch, one for each level around it, its own axes].
+
+    def _in_vmap(self, n: Node) -> Callable[[], Any] | None:
+        """What to run in place of a node that opens or closes a vmap or computes in one; None if it does neither."""
+        name = getattr(n.target, "__name__", "") if n.op == "call_function" else str(n.target)
+        if name in ("_vmap_increment_nesting", "_vmap_decrement_nesting", "lazy_load_decompositions"):
+            return lambda: None
+        if name in ("_add_batch_dim", "_remove_batch_dim"):
+            return functools.partial(getattr(self, name), n, *self.fetch_args_kwargs_from_env(n)[0])
+        if n.op == "output" or name in ("new_ones", "new_zeros", "new_full") or self._mapped.keys().isdisjoint(n.all_input_nodes):
+            return None
+        return functools.partial(self._elementwise, n, name)
+
+    def _add_batch_dim(self, n: Node, x: torch.Tensor, dim: int, level: int) -> torch.Tensor:
+        own = self._mapped.get(n.args[0], x.ndim) - 1
+        if own:
+            raise NotImplementedError("a vmapped function of more than numbers")
+        self._mapped[n] = own
+        return x.movedim(dim % x.ndim, 0).reshape(-1, *[1] * (level - 1))
+
+    def _remove_batch_dim(self, n: Node, x: torch.Tensor, level: int, size: int, dim: int) -> torch.Tensor:
+        own = self._mapped.get(n.args[0], x.ndim)
+        x = x.reshape(*[1] * (level + own - x.ndim), *x.shape)
+        x = x.expand(size, *x.shape[1:]).movedim(0, level - 1 + dim % (own + 1))
+        if level > 1:
+            self._mapped[n] = own + 1
+        return x
+
+    def _elementwise(self, n: Node, name: str) -> torch.Tensor:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if any(self._mapped.get(x) for x in n.all_input_nodes):
+            raise NotImplementedError(f"'{n.name}' in a vmapped function has axes of its own")
+        if name == "getitem":
+            source, index = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
+            if n.args[0] in self._mapped or len(index) != source.ndim:
+                raise NotImplementedError(f"'{n.name}' in a vmapped function is more than one number")
+            inputs = [x for x in index if isinstance(x, torch.Tensor)]
+        else:
+            inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        sources = n.args[:1] if name == "getitem" else ()
+        unmapped = [self.env[x] for x in n.all_input_nodes if x not in self._mapped and x not in sources]
+        if name not in (*_ELEMENTWISE, "getitem") or any(isinstance(x, torch.Tensor) and x.ndim for x in unmapped):
+            raise NotImplementedError(f"'{n.name}' ({name}) in a vmapped function")
+        self._mapped[n] = 0
+        result = getattr(self, n.op)(n.target, args, kwargs)
+        if result.shape != torch.broadcast_shapes(*(x.shape for x in inputs)):
+            raise NotImplementedError(f"'{n.name}' ({name}) in a vmapped function does not work element by element")
         return result
 
     def call_method(self, target: str, args: tuple, kwargs: dict) -> Any:
@@ -208,11 +261,22 @@ class _Recorder(torch.fx.Interpreter):
         self._graph_length = len(graph.nodes)
 
 
+# What is the same on numbers and, entry by entry, on tensors of them; functions, operators and methods.
+_ELEMENTWISE = {"le", "lt", "ge", "gt", "eq", "ne", "and_", "or_", "xor", "not_", "invert", "inv", "neg", "abs", "pos"}
+_ELEMENTWISE |= {"logical_and", "logical_or", "logical_xor", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not"}
+_ELEMENTWISE |= {"add", "sub", "mul", "truediv", "floordiv", "mod", "remainder", "floor_divide", "div", "where"}
+_ELEMENTWISE |= {"minimum", "maximum", "clamp", "exp", "log", "sqrt", "tanh", "to", "bool", "float", "long", "int"}
+_ELEMENTWISE |= {f"__{name}__" for name in ("le", "lt", "ge", "gt", "eq", "ne", "and", "or", "xor", "invert")}
+
+
 def _storage(node: Node) -> int | None:
     """What tells the storage of a Dynamo node's tensor; -1 for another kind of value, None where nothing is known."""
     value = node.meta.get("example_value", node.meta.get("val"))
     if isinstance(value, torch.Tensor):
-        return value.untyped_storage()._cdata
+        try:
+            return value.untyped_storage()._cdata
+        except NotImplementedError:  # in a vmapped function
+            return None
     return None if value is None else -1
 
 

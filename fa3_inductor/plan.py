@@ -22,6 +22,7 @@ class Plan:
     empty: Empty
     why: str = ""
     fp8: str = ""  # "graph": its operands are 8-bit tensors of the graph; "quantize": they are rounded; "": neither
+    computed: str = ""  # biases and masks that are not read from tensors, for a person; known when it is in place
 
 
 def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: bool, fp8: str = "graph") -> Plan:

@@ -137,13 +137,14 @@ def _splice(found: Found, splicer: Splicer, fp8: str) -> Plan:
     """Plans an attention and puts it in place; in 16 bits if what it was dequantised from is no longer there."""
     chosen = plan(found.spec, config.target, config.empty_rows == "relaxed", splicer.trains, fp8)
     try:
-        splicer.splice(found.spec, chosen, found.interior)
+        formulas = splicer.splice(found.spec, chosen, found.interior)
     except Rejected as rejection:
         if chosen.fp8 != "graph":
             raise
         chosen = _splice(found, splicer, "off")
         return dataclasses.replace(chosen, why=f"not on the FP8 kernel: {rejection.detail}")
-    return chosen
+    computed = ", ".join(f"{what} {text}" for what, text in zip(("bias", "mask"), formulas) if text)
+    return dataclasses.replace(chosen, computed=computed)
 
 
 def _site(found: Found, captured: Capture) -> Site:
@@ -162,6 +163,8 @@ def _site(found: Found, captured: Capture) -> Site:
 def _describe(site: Site, found: Found, chosen: Plan) -> None:
     spec = found.spec
     site.status, site.target, site.kernel, site.detail = "fused", chosen.target, chosen.kernel, chosen.why
+    if chosen.computed:
+        site.detail = "; ".join(filter(None, (chosen.why, f"computed, not read: {chosen.computed}")))
     if chosen.fp8:
         site.dtype = "float8_e4m3fn"
     site.flops, site.score_bytes = cost(spec, tensor(spec.result).dtype.itemsize)

@@ -42,8 +42,8 @@ class Splicer:
         wants_gradient = any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
         self.trains = wants_gradient and any(captured.grad_modes.values())
 
-    def splice(self, spec: AttentionSpec, plan: Plan, interior: tuple[Node, ...]) -> None:
-        """Compute ``spec`` by ``plan`` where its result was computed.
+    def splice(self, spec: AttentionSpec, plan: Plan, interior: tuple[Node, ...]) -> tuple[str, str]:
+        """Compute ``spec`` by ``plan`` where its result was computed. Returns the formulas of its bias and mask, or "".
 
         Raises:
             Rejected: the attention cannot be taken out of the user's graph; the graph is as it was.
@@ -52,7 +52,7 @@ class Splicer:
         if place is None:
             raise Rejected(Reason.OPAQUE, f"'{spec.result.name}' comes from no operation of the graph")
         if spec.is_sdpa and plan.target == "sdpa" and not _simplifies(spec):
-            return
+            return "", ""
         if place.kwargs.get("out") is not None:
             raise Rejected(Reason.OPAQUE, f"'{place.name}' writes its result into a tensor of the user's (out=)")
         values = dict(self._rebuilt.get(place, {}))
@@ -60,7 +60,7 @@ class Splicer:
         if emit.trains:
             self._check_grad_mode(place, interior)
         try:
-            out = _attention(emit, spec, plan)
+            out, formulas = _attention(emit, spec, plan)
             values[spec.result] = _restore(emit, out, spec)
             self._replace(emit, place, spec)
         except Exception:
@@ -68,6 +68,7 @@ class Splicer:
             raise
         self._rebuilt[place] = values
         self._removed.update(n for value in interior for n in self.capture.held_by(value))
+        return formulas
 
     def _check_grad_mode(self, place: Node, interior: tuple[Node, ...]) -> None:
         """The gradient of the fused attention is that of the user's only if all of it is under one grad mode."""
@@ -293,7 +294,8 @@ def is_one(size: Any) -> bool:
 # --------------------------------------------------------------------------------------------- the attention
 
 
-def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
+def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, tuple[str, str]]:
+    """The attention's result as [B, Hq, Sq, Dv], and the formulas of its bias and mask."""
     if plan.empty is Empty.AS_WRITTEN and emit.trains:
         # Such a row has a gradient in q and k that only the whole matrix of weights gives.
         raise Rejected(
@@ -314,6 +316,7 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
     # Where a row is empty, what a bias makes of it depends on every term of the user's sum.
     whole = biased and not exact
     by_window = all(t.window is not None for t in spec.terms)
+    bias_formula = mask_formula = ""
     if plan.target == "sdpa":
         by_window = by_window and _is_plain(spec.mask)
         shaped = _Shaped(q, None, None, None) if by_window else _shape_scores(emit, spec, plan, q, spec.terms, whole)
@@ -339,6 +342,7 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
         formulas: tuple[Any, ...] = ()
         if not whole:
             as_tensors, formulas = _formulas(emit, as_tensors)
+            bias_formula, mask_formula = formulas[:2] or ("", "")
         q, bias, mask, row_seen = _shape_scores(emit, spec, plan, q, as_tensors, whole)
         left = right = None
         if not whole:
@@ -371,8 +375,9 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> Node:
             lse = emit.call("unsqueeze", emit.call(operator.getitem, pair, 1), -1)
             row_seen = emit.call(operator.ne, lse, -math.inf)  # NaN has seen something
     if row_seen is None or plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO):
-        return out
-    return _with_empty_rows(emit, spec, plan, out, (q, k, v), row_seen, scale)
+        return out, (bias_formula, mask_formula)
+    out = _with_empty_rows(emit, spec, plan, out, (q, k, v), row_seen, scale)
+    return out, (bias_formula, mask_formula)
 
 
 _MAX_TABLES = 4  # of an attention: t0 to t3

@@ -330,7 +330,13 @@ def _dtype_of(integers: list[_Text]) -> torch.dtype | None:
 
 
 def _wrapped(text: str) -> str:
-    return text if re.fullmatch(r"[\w.]+|\w+\([^()]*\)", text) else f"({text})"
+    """A part of a formula for an operator's side: in parentheses, unless it is a name, a number or a call."""
+    depth, closed = 0, [m.end() for m in re.finditer(r"[()]", text)]
+    for end in closed[:-1]:
+        depth += 1 if text[end - 1] == "(" else -1
+        if not depth:
+            return f"({text})"
+    return text if re.fullmatch(r"[\w.]+(\(.*\))?", text) else f"({text})"
 
 
 def _compared(relation: str, left: _Text, right: _Text) -> str:
