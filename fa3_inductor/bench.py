@@ -111,7 +111,10 @@ def forward_providers(q, k, v, causal: bool, peers: str | None) -> tuple[dict[st
 
 
 def backward_providers(q, k, v, causal: bool, peers: str | None) -> tuple[dict[str, Callable[[], tuple]], Tensor]:
-    """What computes dq, dk, dv of the same attention, by name, and the gradient of its result that they start from."""
+    """What computes dq, dk, dv of the same attention, by name, and the gradient of its result that they start from.
+
+    "in order" is ours with one order of sums, "FA3 det." FlashAttention-3's deterministic mode, up to head_dim 128.
+    """
     scale = q.shape[3] ** -0.5
     options = dict(scale=scale, window_right=0 if causal else None)
     out, lse = attention_forward(q, k, v, **options)
@@ -122,6 +125,7 @@ def backward_providers(q, k, v, causal: bool, peers: str | None) -> tuple[dict[s
     of_flash = (dout, q, k, v, out, lse, None, None, seqlen, seqlen, 0.0, causal, none.new_empty(2), none)
     providers = {
         "ours": lambda: attention_backward(dout, q, k, v, None, None, out, lse, **options)[:3],
+        "in order": lambda: attention_backward(dout, q, k, v, None, None, out, lse, **options, deterministic=True)[:3],
         "cuDNN": lambda: aten._scaled_dot_product_cudnn_attention_backward(*of_cudnn, scale=scale),
         "FA2": lambda: aten._scaled_dot_product_flash_attention_backward(*of_flash, scale=scale),
     }
@@ -129,11 +133,13 @@ def backward_providers(q, k, v, causal: bool, peers: str | None) -> tuple[dict[s
         function, bshd = flash_attention_3_backward(peers), [x.transpose(1, 2) for x in (dout, q, k, v, out)]
         grads = [torch.empty_like(x) for x in bshd[1:4]]
 
-        def flash_attention_3():
-            function(*bshd, lse, *grads, softmax_scale=scale, is_causal=causal)
+        def flash_attention_3(deterministic=False):
+            function(*bshd, lse, *grads, softmax_scale=scale, is_causal=causal, deterministic=deterministic)
             return [x.transpose(1, 2) for x in grads]
 
         providers["FA3"] = flash_attention_3
+        if q.shape[3] <= 128:
+            providers["FA3 det."] = lambda: flash_attention_3(deterministic=True)
     return providers, dout
 
 
@@ -152,6 +158,7 @@ def fp8_providers(q, k, v, causal: bool, peers: str | None) -> tuple[dict[str, C
     return providers, None
 
 
+PROVIDER_NAMES = ["ours", "in order", "rounding", "BF16", "FA3", "FA3 det.", "cuDNN", "FA2", "Flex"]
 PROVIDERS = {"forward": forward_providers, "backward": backward_providers, "fp8": fp8_providers}
 
 
@@ -209,9 +216,10 @@ def grid(args: argparse.Namespace) -> list[dict]:
             tflops = {name: flops / ms / 1e9 for name, ms in times.items()}
             rows.append(dict(head_dim=head_dim, causal=causal, seqlen=seqlen, tflops=tflops))
             if len(rows) == 1:
-                print(f"{'D':>4} {'mask':6} {'S':>6}" + "".join(f"{name:>8}" for name in tflops))
+                print(f"{'D':>4} {'mask':6} {'S':>6}" + "".join(f"{name:>9}" for name in tflops))
             mask = "causal" if causal else "full"
-            print(f"{head_dim:4} {mask:6} {seqlen:6}" + "".join(f"{t:8.0f}" for t in tflops.values()), flush=True)
+            columns = "".join(f"{tflops.get(name, math.nan):9.0f}" for name in rows[0]["tflops"])
+            print(f"{head_dim:4} {mask:6} {seqlen:6}" + columns, flush=True)
     ratios = summary(rows)
     for name, (geometric_mean, worst) in ratios.items():
         print(f"ours / {name}: geometric mean {geometric_mean:.3f}, at worst {worst:.3f}")
@@ -221,11 +229,20 @@ def grid(args: argparse.Namespace) -> list[dict]:
 
 
 def summary(rows: list[dict]) -> dict[str, tuple[float, float]]:
-    """Geometric mean and minimum of our speed over each other's, and over the best of the others."""
+    """Geometric mean and minimum of our speed over each other's, and over the best of the others.
+
+    Over "FA3 det.", that of "in order".
+    """
     names = [name for name in rows[0]["tflops"] if name != "ours"]
-    contests = {name: [row["tflops"]["ours"] / row["tflops"][name] for row in rows] for name in names}
-    if len(names) > 1:
-        contests["the best"] = [row["tflops"]["ours"] / max(row["tflops"][n] for n in names) for row in rows]
+    others = [name for name in names if name not in ("in order", "rounding", "BF16")]
+    contests = {
+        name: [row["tflops"]["ours"] / row["tflops"][name] for row in rows if name in row["tflops"]] for name in names
+    }
+    if {"in order", "FA3 det."} <= set(names):
+        both = [row["tflops"] for row in rows if "FA3 det." in row["tflops"]]
+        contests["FA3 det."] = [tflops["in order"] / tflops["FA3 det."] for tflops in both]
+    if len(others) > 1:
+        contests["the best"] = [row["tflops"]["ours"] / max(row["tflops"].get(n, 0) for n in others) for row in rows]
     return {
         name: (math.exp(sum(map(math.log, ratios)) / len(ratios)), min(ratios)) for name, ratios in contests.items()
     }
@@ -438,7 +455,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fa3_inductor.bench", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["forward", "backward", "fp8", "accuracy", "features", "launch", "model"])
     parser.add_argument("--seqlens", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
-    parser.add_argument("--providers", nargs="+", default=["ours", "FA3", "cuDNN", "FA2", "Flex", "rounding", "BF16"])
+    parser.add_argument("--providers", nargs="+", default=PROVIDER_NAMES)
     parser.add_argument("--peers", metavar="DIR", help="folder with FlashAttention-3's wheels")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there")
     parser.add_argument("--plot", metavar="FILE", help="draw the grid there, as a PNG")

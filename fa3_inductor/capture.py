@@ -205,16 +205,16 @@ class _Recorder(torch.fx.Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if any(self._mapped.get(x) for x in n.all_input_nodes):
             raise NotImplementedError(f"'{n.name}' in a vmapped function has axes of its own")
-        if name == "getitem":
-            source, index = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
+        if name in _INDEXING:
+            source, index = args[0], args[1] if isinstance(args[1], (tuple, list)) else (args[1],)
             if n.args[0] in self._mapped or len(index) != source.ndim:
                 raise NotImplementedError(f"'{n.name}' in a vmapped function is more than one number")
             inputs = [x for x in index if isinstance(x, torch.Tensor)]
         else:
             inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        sources = n.args[:1] if name == "getitem" else ()
+        sources = n.args[:1] if name in _INDEXING else ()
         unmapped = [self.env[x] for x in n.all_input_nodes if x not in self._mapped and x not in sources]
-        if name not in (*_ELEMENTWISE, "getitem") or any(isinstance(x, torch.Tensor) and x.ndim for x in unmapped):
+        if name not in _ELEMENTWISE | _INDEXING or any(isinstance(x, torch.Tensor) and x.ndim for x in unmapped):
             raise NotImplementedError(f"'{n.name}' ({name}) in a vmapped function")
         self._mapped[n] = 0
         result = getattr(self, n.op)(n.target, args, kwargs)
@@ -266,6 +266,7 @@ _ELEMENTWISE = {"le", "lt", "ge", "gt", "eq", "ne", "and_", "or_", "xor", "not_"
 _ELEMENTWISE |= {"logical_and", "logical_or", "logical_xor", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not"}
 _ELEMENTWISE |= {"add", "sub", "mul", "truediv", "floordiv", "mod", "remainder", "floor_divide", "div", "where"}
 _ELEMENTWISE |= {"minimum", "maximum", "clamp", "exp", "log", "sqrt", "tanh", "to", "bool", "float", "long", "int"}
+_INDEXING = {"getitem", "index"}
 _ELEMENTWISE |= {f"__{name}__" for name in ("le", "lt", "ge", "gt", "eq", "ne", "and", "or", "xor", "invert")}
 
 

@@ -30,6 +30,10 @@ empty_rows: str = Config(default="exact", env_name_default="FA3_INDUCTOR_EMPTY_R
 # "quantize" everywhere, by rounding q, k and v to that, "off" nowhere.
 fp8: str = Config(default="graph", env_name_default="FA3_INDUCTOR_FP8")
 
+# Sum up the gradient of q in one order on the Hopper kernels, so that training repeats bit by bit.
+# torch.use_deterministic_algorithms asks for it too.
+deterministic: bool = Config(default=False, env_name_default="FA3_INDUCTOR_DETERMINISTIC")
+
 # What "quantize" multiplies q and k with before it rounds them is made of random signs; this is their seed. None leaves
 # the multiplication out.
 fp8_incoherent_seed: int | None = 0
@@ -42,6 +46,7 @@ def _install() -> None:
     # FA3_INDUCTOR= (set but empty) means unset, as for most programs.
     allowed = {
         "enabled": (True, False, ""),
+        "deterministic": (True, False, ""),
         "target": ("auto", "hopper", "sdpa", "reference"),
         "empty_rows": ("exact", "relaxed"),
         "fp8": ("graph", "quantize", "off"),

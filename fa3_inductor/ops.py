@@ -5,7 +5,7 @@ Import this module to register them. They are opaque to Inductor, functional, di
 sinks; those in FP8 not at all), and have fakes for every shape, symbolic ones included. All take `target`: "hopper"
 runs the Gluon kernels on CUDA tensors, "reference" the plain PyTorch specification; CPU tensors always take the
 reference. With a `seed`, int64 [1], weights are dropped with probability `dropout_p`, by the rule of
-`fa3_inductor.kernels.dropout`.
+`fa3_inductor.kernels.dropout`; with `deterministic`, gradients are summed up in one order.
 `fa3_inductor.kernels.reference` says what the other arguments mean; `bias_formula`, `mask_formula` and the tables
 `t0` to `t3` are `fa3_inductor.kernels.formulas.Formulas`.
 """
@@ -25,6 +25,7 @@ from fa3_inductor.kernels.reference import (
 
 _MASKING = "float scale, SymInt? window_left, SymInt? window_right, str target"
 _SOFTCAP = "float? softcap=None"
+_DETERMINISTIC = "bool deterministic=False"
 _FORMULAS = "str bias_formula=\"\", str mask_formula=\"\", Tensor? t0=None, Tensor? t1=None, Tensor? t2=None, Tensor? t3=None"
 # Fixed order, not exact strides: the kernels read any strides, and only the order decides how outputs lie
 # (`output_like`). So views into a packed projection come through without a copy.
@@ -33,13 +34,15 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 torch.library.define(
     "fa3::attention",
     f"(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, {_MASKING}, {_SOFTCAP}, "
-    f"Tensor? sinks=None, Tensor? seed=None, float dropout_p=0.0, {_FORMULAS}) -> (Tensor, Tensor)",
+    f"Tensor? sinks=None, Tensor? seed=None, float dropout_p=0.0, {_DETERMINISTIC}, "
+    f"{_FORMULAS}) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 torch.library.define(
     "fa3::attention_backward",
     f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor out, Tensor lse, {_MASKING}, "
-    f"bool bias_grad, {_SOFTCAP}, Tensor? seed=None, float dropout_p=0.0, {_FORMULAS}) "
+    f"bool bias_grad, {_SOFTCAP}, Tensor? seed=None, float dropout_p=0.0, "
+    f"{_DETERMINISTIC}, {_FORMULAS}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
@@ -60,7 +63,7 @@ torch.library.define(
 @torch.library.impl("fa3::attention", "default")
 def _attention(
     q, k, v, bias, mask, scale, window_left, window_right, target, softcap=None, sinks=None, seed=None, dropout_p=0.0,
-    bias_formula="", mask_formula="", *tables,
+    deterministic=False, bias_formula="", mask_formula="", *tables,
 ):  # fmt: skip
     if target == "hopper" and q.is_cuda:
         from fa3_inductor.kernels.forward import attention_forward
@@ -81,7 +84,7 @@ def _attention(
 @torch.library.register_fake("fa3::attention")
 def _attention_fake(
     q, k, v, bias, mask, scale, window_left, window_right, target, softcap=None, sinks=None, seed=None, dropout_p=0.0,
-    bias_formula="", mask_formula="", *tables,
+    deterministic=False, bias_formula="", mask_formula="", *tables,
 ):  # fmt: skip
     _check(q, k, v, bias, mask, target)
     if seed is not None and (seed.dtype, seed.shape) != (torch.int64, (1,)):
@@ -94,7 +97,7 @@ def _attention_fake(
 @torch.library.impl("fa3::attention_backward", "default")
 def _backward(
     dout, q, k, v, bias, mask, out, lse, scale, window_left, window_right, target, bias_grad, softcap=None, seed=None,
-    dropout_p=0.0, bias_formula="", mask_formula="", *tables,
+    dropout_p=0.0, deterministic=False, bias_formula="", mask_formula="", *tables,
 ):  # fmt: skip
     _check(q, k, v, bias, mask, target)
     if target == "hopper" and q.is_cuda:
@@ -103,7 +106,7 @@ def _backward(
         grads = attention_backward(
             dout, q, k, v, bias, mask, out, lse, scale=scale, window_left=window_left, window_right=window_right,
             softcap=softcap, bias_grad=bias_grad, seed=seed, dropout_p=dropout_p,
-            formulas=_formulas(bias_formula, mask_formula, tables),
+            formulas=_formulas(bias_formula, mask_formula, tables), deterministic=deterministic,
         )  # fmt: skip
         return grads if bias_grad else (*grads[:3], q.new_empty((0,)))
     grads = *_grads(q, k, v), _dbias(q, bias, bias_grad)
@@ -119,7 +122,7 @@ def _backward(
 @torch.library.register_fake("fa3::attention_backward")
 def _backward_fake(
     dout, q, k, v, bias, mask, out, lse, scale, window_left, window_right, target, bias_grad, softcap=None, seed=None,
-    dropout_p=0.0, bias_formula="", mask_formula="", *tables,
+    dropout_p=0.0, deterministic=False, bias_formula="", mask_formula="", *tables,
 ):  # fmt: skip
     _check(q, k, v, bias, mask, target)
     return *_grads(q, k, v), _dbias(q, bias, bias_grad)
@@ -195,7 +198,7 @@ def _no_gradient_of_fp8(ctx, *grads):
 
 def _setup_context(ctx, inputs, output):
     q, k, v, bias, mask, ctx.scale, ctx.window_left, ctx.window_right, ctx.target, ctx.softcap, sinks, *others = inputs
-    seed, ctx.dropout_p, ctx.bias_formula, ctx.mask_formula, *tables = others
+    seed, ctx.dropout_p, ctx.deterministic, ctx.bias_formula, ctx.mask_formula, *tables = others
     if any(table is not None and table.requires_grad for table in tables):
         raise NotImplementedError("fa3::attention: the tables of formulas have no gradient")
     out, lse = output
@@ -209,14 +212,14 @@ def _attention_vjp(ctx, dout, _dlse):
     q, k, v, bias, mask, out, lse, sinks, seed, *tables = ctx.saved_tensors
     dq, dk, dv, dbias = torch.ops.fa3.attention_backward(
         dout, q, k, v, bias, mask, out, lse, ctx.scale, ctx.window_left, ctx.window_right, ctx.target, ctx.bias_grad,
-        ctx.softcap, seed, ctx.dropout_p, ctx.bias_formula, ctx.mask_formula, *tables,
+        ctx.softcap, seed, ctx.dropout_p, ctx.deterministic, ctx.bias_formula, ctx.mask_formula, *tables,
     )  # fmt: skip
     dsinks = None
     if ctx.sinks_grad:  # a sink's weight times what it adds to the output, nothing, less what the row adds up to
         weights = torch.exp(sinks.to(lse.dtype).view(1, -1, 1) - lse)
         delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         dsinks = -(weights * delta).sum((0, 2)).to(sinks.dtype)
-    return dq, dk, dv, dbias if ctx.bias_grad else None, *[None] * 6, dsinks, *[None] * (4 + len(tables))
+    return dq, dk, dv, dbias if ctx.bias_grad else None, *[None] * 6, dsinks, *[None] * (5 + len(tables))
 
 
 def _no_double_backward(ctx, *grads):

@@ -137,8 +137,6 @@ def _not_on_hopper(spec: AttentionSpec, tensors: dict[str, torch.Tensor], trains
     q = tensors["q"]
     if (why := _not_hopper(q.device)) is not None:
         return why
-    if trains and torch.are_deterministic_algorithms_enabled():
-        return "deterministic algorithms: the kernel adds to the gradient of q in no fixed order"
     biases = [t.operand.node for t in spec.terms if t.kind is TermKind.BIAS and t.window is None]
     if trains and spec.softcap is not None and any(map(may_have_gradient, biases)):
         return "the gradient of a bias beside a soft cap"

@@ -72,6 +72,7 @@ def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, out: Tensor, lse: Tensor,
     *, scale: float, window_left: int | None = None, window_right: int | None = None, softcap: float | None = None,
     bias_grad: bool = False, seed: Tensor | None = None, dropout_p: float = 0.0, formulas: Formulas = NO_FORMULAS,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Gradients of `attention_forward`'s out, on a Hopper GPU.
 
@@ -79,6 +80,8 @@ def attention_backward(
         dout: [B, Hq, Sq, Dv], of q's dtype; out and lse: what `attention_forward` returned, lse with the sink in it if
             there was one.
         bias_grad: whether bias has a gradient. Then a 16-bit number is stored for every score.
+        deterministic: sum up dq in one order, so that equal arguments give equal bits. Then no tile that a mask hides is
+            skipped.
 
     The others are those of `attention_forward`, and what it says of them holds here.
 
@@ -90,7 +93,7 @@ def attention_backward(
 
     Returns:
         dq, dk and dv, each as `output_like` has it, and the gradient of bias, contiguous, or None. Sums over keys are
-        in float32, in no fixed order, so that dq may differ in its last bit from call to call.
+        in float32, in no fixed order unless `deterministic`, so that dq may differ in its last bit from call to call.
     """
     if bias_grad and softcap is not None:
         raise ValueError("attention_backward: there is no gradient of a bias beside a soft cap")
@@ -98,12 +101,13 @@ def attention_backward(
         *map(key_of, (dout, q, k, v, out, lse)), scale, window_left, window_right, softcap, bias_grad,
         None if bias is None else key_of(bias), None if mask is None else key_of(mask),
         None if seed is None else (key_of(seed), dropout_p), formulas.key(),
+        deterministic,
     )  # fmt: skip
     call = _calls.get(key)
     if call is None or call.device != torch.cuda.current_device():
         options = dict(
             scale=scale, window_left=window_left, window_right=window_right, softcap=softcap, bias_grad=bias_grad,
-            seed=seed, dropout_p=dropout_p, formulas=formulas,
+            seed=seed, dropout_p=dropout_p, formulas=formulas, deterministic=deterministic,
         )  # fmt: skip
         with torch.cuda.device(q.device):
             check(q, k, v, scale)
@@ -119,7 +123,9 @@ def attention_backward(
                     _calls.clear()
                 _calls[key] = _prepare(dout, q, k, v, bias, mask, out, lse, **options)
             return attention_backward(dout, q, k, v, bias, mask, out, lse, **options)
-    dq, dk, dv, rows, sums, dscores, ranges = _buffers(q, k, v, mask, formulas, call.tile, bias_grad)
+    dq, dk, dv, rows, sums, dscores, ranges, turns = _buffers(
+        q, k, v, mask, formulas, call.tile, bias_grad, deterministic
+    )
     if call.launch is None:
         for x in (dq, dk, dv):
             x.zero_()
@@ -130,7 +136,7 @@ def attention_backward(
         call.find_statistics(stream, *(x.data_ptr() for x in (out, dout, lse)), *statistics, sums.data_ptr())
         if call.find_ranges is not None:
             call.find_ranges(stream, *mask_addresses(mask, formulas), ranges.data_ptr())
-        more = (x.data_ptr() for x in (dscores, ranges, bias, *formulas.tables, mask, seed) if x is not None)
+        more = (x.data_ptr() for x in (dscores, ranges, bias, *formulas.tables, mask, seed, turns) if x is not None)
         addresses = (x.data_ptr() for x in (dout, q, k, v))
         call.launch(stream, *addresses, *statistics, sums.data_ptr(), dk.data_ptr(), dv.data_ptr(), *more)
         call.finish(stream, sums.data_ptr(), dq.data_ptr())
@@ -158,8 +164,8 @@ class _Call(NamedTuple):
     device: int
 
 
-def _buffers(q, k, v, mask, formulas, tile, bias_grad) -> tuple:
-    """dq, dk, dv, and what the kernels need in between: two statistics of every row, dQ in float32, dS, and ranges."""
+def _buffers(q, k, v, mask, formulas, tile, bias_grad, deterministic) -> tuple:
+    """dq, dk, dv, and what the kernels need in between: two statistics of every row, dQ in float32, dS, ranges, turns."""
     batch, q_heads, seqlen_q, head_dim = q.shape
     padded = -(-seqlen_q // MULTIPLE) * MULTIPLE
     dq, dk, dv = (output_like(x, x.shape[3]) for x in (q, k, v))
@@ -168,10 +174,13 @@ def _buffers(q, k, v, mask, formulas, tile, bias_grad) -> tuple:
     sums = q.new_empty(shape, dtype=torch.float32)
     dscores = q.new_zeros((batch, q_heads, k.shape[2], padded)) if bias_grad else None
     ranges = None
-    if mask is not None or formulas.mask:
+    if (mask is not None or formulas.mask) and not deterministic:
         shape, _, axes = _by_key(q, k, mask, formulas)
         ranges = q.new_empty(ranges_shape(shape, axes, tile.keys), dtype=torch.int32)
-    return dq, dk, dv, rows, sums, dscores, ranges
+    turns = None
+    if deterministic:
+        turns = q.new_zeros((batch * q_heads, -(-seqlen_q // tile.block_m), 2, 4), dtype=torch.int32)
+    return dq, dk, dv, rows, sums, dscores, ranges, turns
 
 
 def _by_key(q, k, mask, formulas) -> tuple:
@@ -185,12 +194,12 @@ def _by_key(q, k, mask, formulas) -> tuple:
 
 def _prepare(
     dout, q, k, v, bias, mask, out, lse, *, scale, window_left, window_right, softcap, bias_grad, seed, dropout_p,
-    formulas,
+    formulas, deterministic,
 ) -> _Call:  # fmt: skip
     # Tensors of our own: two of them may be one now and not at the next call.
     dout, q, k, v, out, lse = (x.detach() for x in (dout, q, k, v, out, lse))
     tile = tile_for(q.shape[3], v.shape[3], has_terms(bias, mask, softcap, formulas) or seed is not None)
-    dq, dk, dv, rows, sums, dscores, ranges = _buffers(q, k, v, mask, formulas, tile, bias_grad)
+    dq, dk, dv, rows, sums, dscores, ranges, turns = _buffers(q, k, v, mask, formulas, tile, bias_grad, deterministic)
     if not (dq.numel() and dk.numel()):
         return _Call(None, None, None, None, tile, q.get_device())
     lse2, delta = rows
@@ -206,11 +215,11 @@ def _prepare(
         find_ranges = launch.prepare(ranges_kernel, grid, args, ranges_tensors(args), {"num_warps": 16})
     grid, args = launch_arguments(
         dout, q, k, v, bias, mask, lse2, delta, sums, dk, dv, dscores, ranges, scale, window_left, window_right,
-        softcap, seed, dropout_p, formulas, tile=tile,
+        softcap, seed, dropout_p, formulas, turns, tile=tile,
     )  # fmt: skip
     kernel = backward_wide_kernel if tile.wide else backward_kernel
     operands = (operand for operand, *_ in args[_OPERANDS])
-    tensors = (dout, q, k, v, lse2, delta, sums, dk, dv, dscores, ranges, *operands, seed)
+    tensors = (dout, q, k, v, lse2, delta, sums, dk, dv, dscores, ranges, *operands, seed, turns)
     main = launch.prepare(kernel, grid, args, tuple(x for x in tensors if x is not None), {"num_warps": 4})
     grid, args = finish_arguments(sums, dq, scale)
     finish = launch.prepare(finish_kernel, grid, args, (sums, dq), {"num_warps": 4})
@@ -224,8 +233,8 @@ def launch_arguments(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, lse: Tensor, delta: Tensor,
     sums: Tensor, dk: Tensor, dv: Tensor, dscores: Tensor | None, ranges: Tensor | None, scale: float,
     window_left: int | None = None, window_right: int | None = None, softcap: float | None = None,
-    seed: Tensor | None = None, dropout_p: float = 0.0, formulas: Formulas = NO_FORMULAS, *, tile: Tile,
-    sm_count: int | None = None,
+    seed: Tensor | None = None, dropout_p: float = 0.0, formulas: Formulas = NO_FORMULAS,
+    turns: Tensor | None = None, *, tile: Tile, sm_count: int | None = None,
 ) -> tuple[tuple[int, int, int], tuple]:  # fmt: skip
     """The grid and the arguments of the kernel.
 
@@ -233,6 +242,7 @@ def launch_arguments(
         lse, delta: of the statistics kernel; sums: dQ's accumulator, as `_buffers` has it.
         dscores: 16-bit [B, Hq, Sk, padded Sq], to be filled with dS^T.
         ranges: of the mask's transpose, for blocks of the tile's keys and query tiles of its block_m.
+        turns: int32 [B * Hq, query tiles, 2, 4], 0, for dQ to be summed up in order; with them there are no ranges.
     """
     batch, q_heads, seqlen_q, _ = q.shape
     kv_heads, seqlen_k = v.shape[1:3]
@@ -265,7 +275,8 @@ def launch_arguments(
         None if dscores is None else _descriptor(dscores, ROWS, tile.block_m),
         _descriptor(dk, ROWS, width), _descriptor(dv, ROWS, width_v), ranges, operands,
         n_tiles, kv_heads, heads, section, q_heads // kv_heads, lse.shape[2], seqlen_q, seqlen_k, left, right,
-        scale * _LOG2E, scale, seed, threshold(dropout_p), keep_scale(dropout_p),
+        scale * _LOG2E, scale, seed, threshold(dropout_p), keep_scale(dropout_p), turns,
+        None if turns is None else _flat(turns, 4),
         has_left, has_right, load, apply, open_load, open_apply, softcap is not None, *options,
     )  # fmt: skip
 

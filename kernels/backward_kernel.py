@@ -81,6 +81,62 @@ def _query_ranges(
     return first, open_first, open_stop, stop
 
 
+# The order of dQ's sums: each is over the tiles of keys that see its queries, of which every consumer adds its part. With
+# `turns` [heads of all batches, query tiles, 2 consumers, 4], counts of how many did (and 12 bytes that nobody reads, for
+# TMA), they add one after the other.
+
+
+@gluon.jit
+def _turn_of(
+    flat, tile, key0, window, WHO: gl.constexpr, KEYS: gl.constexpr, BLOCK_M: gl.constexpr, LEFT: gl.constexpr
+):  # fmt: skip
+    """Which count is that of a query tile, and what it is when it is the turn of the keys from key0 on."""
+    turn = (flat * ((window[0] + BLOCK_M - 1) // BLOCK_M) + tile) * 2 + WHO
+    number = key0 // KEYS
+    if LEFT:
+        number -= gl.maximum(tile * BLOCK_M - window[2], 0) // KEYS  # less the tiles of keys that are too far to the left
+    return turn, number
+
+
+@gluon.jit
+def _one(turns_desc):
+    """What a count is counted up by."""
+    smem = gl.allocate_shared_memory(gl.int32, [4], turns_desc.layout)
+    smem.store(gl.where(gl.arange(0, 4, gl.BlockedLayout([1], [32], [4], [0])) == 0, 1, 0))
+    return smem
+
+
+@gluon.jit
+def _take_turn(turns_ptr, turn, number):
+    """Waits for it. The keys before these are those of a CTA that was started before."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred waits;
+        .reg .b32 count;
+        AGAIN:
+        ld.acquire.gpu.global.b32 count, [$1];
+        setp.ne.s32 waits, count, $2;
+        @waits bra AGAIN;
+        fence.proxy.async.global;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r", [turns_ptr + turn * 4, number], gl.int32, False, 1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _pass_on(turns_desc, one_smem, turn, is_taken):
+    """Counts up, if is_taken, once what this group had TMA add before has been added.
+
+    (`tma.store_wait` waits for less: until shared memory has been read.) By TMA as well: with `red` and `st` instructions
+    in its place ptxas spills 1 KB.
+    """
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; fence.proxy.async.global; mov.u32 $0, $1;", "=r,r", [turn], gl.int32, False, 1
+    )
+    tma_add(turns_desc, [gl.where(is_taken, turn * 4, -4)], one_smem)
+
+
 @gluon.jit
 def _load_keys(desc, place, bar, smem, slot):
     """Brings 64 rows of K or V."""
@@ -179,13 +235,13 @@ def _dq_operands(ds_smem, k_smem, buffer, OF: gl.constexpr, WG: gl.constexpr, BL
 
 @gluon.jit
 def _query_loop(
-    dk, dv, it, first, stop, place, scale, grad_scale, smem, bars, window, dq_desc, ds_desc, operands,
+    dk, dv, it, head_first, first, stop, place, scale, grad_scale, smem, bars, window, dq_desc, ds_desc, turns, operands,
     random,
     WG: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr, MASKED: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, CAPPED: gl.constexpr,
     DROPOUT: gl.constexpr, s_layout: gl.constexpr,
 ):  # fmt: skip
-    """Query tiles first to stop - 1."""
+    """Query tiles first to stop - 1, those of a head beginning at head_first."""
     q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, lse_smem, delta_smem = smem
     q_full, do_full = bars
     batch, head, key0 = place
@@ -272,9 +328,15 @@ def _query_loop(
         dk, ds16 = warpgroup_mma_wait(1, [dk, ds16])
         _arrive(Q_EMPTY + slot, THREADS)
         dq = warpgroup_mma_wait(0, [dq])
+        if turns[0] is not None:
+            turns_ptr, turns_desc, one_smem, flat, tile_key0, KEYS = turns
+            turn, number = _turn_of(flat, tile, tile_key0, window, WG, KEYS, BLOCK_M, LEFT)
+            _pass_on(turns_desc, one_smem, turn - 2, tile > head_first)
         tma.store_wait(0)
         dq_smem.index(WG).reshape([DQ_ROWS, DQ_COLUMNS]).store(dq)
         fence_async_shared()
+        if turns[0] is not None:
+            _take_turn(turns_ptr, turn, number)
         if BLOCK_M == 128:
             tma_add(dq_desc, [batch, head, row0 + WG * DQ_ROWS, 0], dq_smem.index(WG))
         else:
@@ -291,7 +353,7 @@ def _consume(
 ):  # fmt: skip
     """Consumer warp group number WG."""
     dq_desc, ds_desc, dk_desc, dv_desc, operands, smem, bars, work, window, ranges, group = args[:11]
-    scale, grad_scale, dropout = args[11:]
+    scale, grad_scale, dropout, turns_ptr, turns_desc, one_smem = args[11:]
     seed_ptr, threshold, keep_scale = dropout
     q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, lse_smem, delta_smem = smem
     q_full, do_full, kv_full = bars
@@ -318,26 +380,30 @@ def _consume(
         if DROPOUT:
             key, salt = key_of_head(seed_ptr, batch * (work[1] * group) + head)
             random = (key, salt, threshold, keep_scale)
+        turns = (turns_ptr, turns_desc, one_smem, batch * (work[1] * group) + head, tile_key0, KEYS)
         first, open_first, open_stop, stop = _query_ranges(
             batch, head, tile_key0, window, ranges, KEYS, BLOCK_M, LEFT, RIGHT
         )
         # Upwards from the first: tiles at an edge, tiles in which nothing is hidden, tiles at the other edge.
         dk, dv, it = _query_loop(
-            dk, dv, it, first, open_first, place, scale, grad_scale, loop_smem, loop_bars, window, dq_desc,
-            ds_desc, operands, random,
+            dk, dv, it, first, first, open_first, place, scale, grad_scale, loop_smem, loop_bars, window,
+            dq_desc, ds_desc, turns, operands, random,
             WG, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, LOAD, APPLY, CAPPED, DROPOUT, s_layout,
         )  # fmt: skip
         dk, dv, it = _query_loop(
-            dk, dv, it, open_first, open_stop, place, scale, grad_scale, loop_smem, loop_bars, window, dq_desc,
-            ds_desc, operands, random,
+            dk, dv, it, first, open_first, open_stop, place, scale, grad_scale, loop_smem, loop_bars, window,
+            dq_desc, ds_desc, turns, operands, random,
             WG, BLOCK_M, STAGES, DO_STAGES, False, LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY, CAPPED, DROPOUT, s_layout,
         )  # fmt: skip
         if LEFT or ranges is not None:
             dk, dv, it = _query_loop(
-                dk, dv, it, open_stop, stop, place, scale, grad_scale, loop_smem, loop_bars, window, dq_desc,
-                ds_desc, operands, random,
+                dk, dv, it, first, open_stop, stop, place, scale, grad_scale, loop_smem, loop_bars, window,
+                dq_desc, ds_desc, turns, operands, random,
                 WG, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, LOAD, APPLY, CAPPED, DROPOUT, s_layout,
             )  # fmt: skip
+        if turns_ptr is not None:
+            turn, _ = _turn_of(turns[3], stop - 1, tile_key0, window, WG, KEYS, BLOCK_M, LEFT)
+            _pass_on(turns_desc, one_smem, turn, stop > first)
 
     # Out by way of K's and V's shared memory, once the other consumer is done with it too.
     exchange = EXCHANGE + it % 2 * CONSUMERS
@@ -363,7 +429,7 @@ def _consume(
 def backward_kernel(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, ds_desc, dk_desc, dv_desc, ranges, operands,
     n_tiles, kv_heads, heads, section, group, padded_q, seqlen_q, seqlen_k, left, right, scale, grad_scale,
-    seed_ptr, threshold, keep_scale,
+    seed_ptr, threshold, keep_scale, turns_ptr, turns_desc,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
     OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -382,6 +448,9 @@ def backward_kernel(
     q_full = _barriers(STAGES)
     do_full = _barriers(DO_STAGES)
     kv_full = _barriers(2 * CONSUMERS)
+    one_smem = lse_smem  # (of no use)
+    if turns_ptr is not None:
+        one_smem = _one(turns_desc)
     fence_async_shared()
 
     work = (n_tiles, kv_heads, heads, section)
@@ -394,7 +463,7 @@ def backward_kernel(
     consume = (
         dq_desc, ds_desc, dk_desc, dv_desc, operands,
         (q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, lse_smem, delta_smem), bars, work, window, ranges, group,
-        scale, grad_scale, (seed_ptr, threshold, keep_scale),
+        scale, grad_scale, (seed_ptr, threshold, keep_scale), turns_ptr, turns_desc, one_smem,
     )  # fmt: skip
     DROPOUT: gl.constexpr = seed_ptr is not None
     gl.warp_specialize(

@@ -50,10 +50,14 @@ from fa3_inductor.kernels.backward_kernel import (
     Q_EMPTY,
     THREADS,
     _mask_tile,
+    _one,
     _opaque,
+    _pass_on,
     _place,
     _produce,
     _query_ranges,
+    _take_turn,
+    _turn_of,
 )
 from fa3_inductor.kernels.compat import tma_store
 from fa3_inductor.kernels.dropout import kept, key_of_head
@@ -65,7 +69,7 @@ SCORES = gl.constexpr(1)
 # Hardware barriers, beyond those of the ring buffers.
 P_THERE = gl.constexpr(12)
 DS_THERE = gl.constexpr(13)
-TOGETHER = gl.constexpr(14)  # consumer 1 by itself
+TOGETHER = gl.constexpr(14)  # consumer 1 by itself; with 15, consumer 0
 
 PIECE = gl.constexpr(64)  # columns of dQ of one matrix product
 
@@ -80,6 +84,17 @@ def _first_column(role):
 def _own_columns(role, columns):
     """How many there are."""
     return 128 if role == 1 else columns - 128
+
+
+@gluon.jit
+def _change_turns(turns, taken, turn, number, ROLE: gl.constexpr):
+    """Passes on the turn that was taken, if one was, and takes another, if it is one; all warps of a consumer do."""
+    turns_ptr, turns_desc, one_smem = turns
+    gl.inline_asm_elementwise("fence.acq_rel.gpu; mov.u32 $0, $1;", "=r,r", [taken], gl.int32, False, 1)
+    _sync(TOGETHER + 1 - ROLE, 128)
+    _pass_on(turns_desc, one_smem, taken, taken >= 0)
+    if turn >= 0:
+        _take_turn(turns_ptr, turn, number)
 
 
 @gluon.jit
@@ -146,20 +161,21 @@ def _dq(ds, k, COLUMN: gl.constexpr, zero):
 
 @gluon.jit
 def _query_loop(
-    acc, it, last_row, first, stop, place, scale, grad_scale, smem, bars, window, dq_ptr, ds_desc, operands,
-    random,
+    acc, it, last_row, turn, number, taken, first, stop, place, scale, grad_scale, smem, bars, window, dq_ptr, ds_desc,
+    turns, operands, random,
     ROLE: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr, MASKED: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, CAPPED: gl.constexpr,
     COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, LATE: gl.constexpr, DROPOUT: gl.constexpr,
     s_layout: gl.constexpr,
 ):  # fmt: skip
-    """Query tiles first to stop - 1. `last_row` is where the dQ begins that is still to be done, negative for none.
+    """Query tiles first to stop - 1. `last_row` is where the dQ begins that is still to be done, negative for none;
+    `turn` its count and `number` what that is to be, `taken` the count of the turn that was taken and not passed on.
 
     LATE: all columns of dQ follow the second large product, for the registers; else half of them come before it.
     """
     q_smem, do_smem, k_smem, v_smem, p_smem, ds_smem, lse_smem, delta_smem = smem
     q_full, do_full = bars
-    batch, head, head_row, key0 = place
+    batch, head, flat, head_row, key0 = place
     seqlen_q, seqlen_k, left, right = window
     dtype: gl.constexpr = k_smem.dtype
     COLUMN: gl.constexpr = _first_column(ROLE)
@@ -242,6 +258,9 @@ def _query_loop(
             acc = _accumulate(x16, _cut(do, COLUMNS_V), acc)
         else:
             acc = _accumulate(x16, _cut(q, COLUMNS), acc)
+        if turns[0] is not None:
+            _change_turns(turns, taken, turn, number, ROLE)
+            taken = turn
         if LATE:
             dq = _dq(last_ds, k, COLUMN, dq_zero)
             acc = _wait(1, acc, x16)
@@ -265,8 +284,10 @@ def _query_loop(
             dq2 = warpgroup_mma_wait(0, [dq2])
             _add(dq_ptr, last_row, COLUMN + PIECE, dq2, COLUMNS)
         last_row = head_row + row0
+        if turns[0] is not None:
+            turn, number = _turn_of(flat, tile, key0, window, ROLE, ROWS, BLOCK_M, LEFT)
         it += 1
-    return acc, it, last_row
+    return acc, it, last_row, turn, number, taken
 
 
 @gluon.jit
@@ -278,7 +299,7 @@ def _consume(
 ):  # fmt: skip
     """The consumer of that role."""
     dq_ptr, ds_desc, out_desc, operands, smem, bars, work, window, ranges, group, padded_q = args[:11]
-    scale, grad_scale, seed_ptr, threshold, keep_scale = args[11:]
+    scale, grad_scale, seed_ptr, threshold, keep_scale, turns = args[11:]
     q_smem, do_smem, k_smem, v_smem, p_smem, ds_smem, lse_smem, delta_smem = smem
     q_full, do_full, kv_full = bars
     seqlen_q, seqlen_k, left, right = window
@@ -296,35 +317,39 @@ def _consume(
     # Before the first tile there is the dQ of none: of what happens to be in the buffer, and added to no rows.
     it = 0
     last_row = -1
+    turn = -1
+    number = 0
+    taken = -1
     if ROLE == SCORES:
         _arrive(DS_THERE, 256)
     mbarrier.wait(kv_full.index(0), 0)
     mbarrier.wait(kv_full.index(1), 0)
     loop_bars = (q_full, do_full)
     for head in range(kv_head * group, (kv_head + 1) * group):
-        place = (batch, head, (batch * (work[1] * group) + head) * padded_q, key0)
+        flat = batch * (work[1] * group) + head
+        place = (batch, head, flat, flat * padded_q, key0)
         random = (0, 0, 0, 0.0)
         if DROPOUT:
-            key, salt = key_of_head(seed_ptr, batch * (work[1] * group) + head)
+            key, salt = key_of_head(seed_ptr, flat)
             random = (key, salt, threshold, keep_scale)
         first, open_first, open_stop, stop = _query_ranges(
             batch, head, key0, window, ranges, ROWS, BLOCK_M, LEFT, RIGHT
         )
         # Upwards from the first: tiles at an edge, tiles in which nothing is hidden, tiles at the other edge.
-        acc, it, last_row = _query_loop(
-            acc, it, last_row, first, open_first, place, scale, grad_scale, smem, loop_bars, window, dq_ptr, ds_desc,
-            operands, random, ROLE, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, LOAD, APPLY, CAPPED,
+        acc, it, last_row, turn, number, taken = _query_loop(
+            acc, it, last_row, turn, number, taken, first, open_first, place, scale, grad_scale, smem, loop_bars, window,
+            dq_ptr, ds_desc, turns, operands, random, ROLE, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, LOAD, APPLY, CAPPED,
             COLUMNS, COLUMNS_V, LATE, DROPOUT, s_layout,
         )  # fmt: skip
-        acc, it, last_row = _query_loop(
-            acc, it, last_row, open_first, open_stop, place, scale, grad_scale, smem, loop_bars, window, dq_ptr,
-            ds_desc, operands, random, ROLE, BLOCK_M, STAGES, DO_STAGES, False, LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY,
+        acc, it, last_row, turn, number, taken = _query_loop(
+            acc, it, last_row, turn, number, taken, open_first, open_stop, place, scale, grad_scale, smem, loop_bars, window,
+            dq_ptr, ds_desc, turns, operands, random, ROLE, BLOCK_M, STAGES, DO_STAGES, False, LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY,
             CAPPED, COLUMNS, COLUMNS_V, LATE, DROPOUT, s_layout,
         )  # fmt: skip
         if LEFT or ranges is not None:
-            acc, it, last_row = _query_loop(
-                acc, it, last_row, open_stop, stop, place, scale, grad_scale, smem, loop_bars, window, dq_ptr, ds_desc,
-                operands, random, ROLE, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, LOAD, APPLY, CAPPED,
+            acc, it, last_row, turn, number, taken = _query_loop(
+                acc, it, last_row, turn, number, taken, open_stop, stop, place, scale, grad_scale, smem, loop_bars, window,
+                dq_ptr, ds_desc, turns, operands, random, ROLE, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, LOAD, APPLY, CAPPED,
                 COLUMNS, COLUMNS_V, LATE, DROPOUT, s_layout,
             )  # fmt: skip
 
@@ -333,7 +358,11 @@ def _consume(
     dq_zero = _zeros(OWN)
     dq = _dq(_tile(ds_smem, (it + 1) % 2).permute((1, 0)), _tile(k_smem, 0), COLUMN, dq_zero)
     dq = warpgroup_mma_wait(0, [dq])
+    if turns[0] is not None:
+        _change_turns(turns, taken, turn, number, ROLE)
     _add(dq_ptr, last_row, COLUMN, dq, COLUMNS)
+    if turns[0] is not None:
+        _change_turns(turns, turn, -1, 0, ROLE)
 
     # Out by way of memory of the same shape that nobody reads any more: V's after the last dS, Q's after the last dK.
     if ROLE == WEIGHTS:
@@ -362,7 +391,7 @@ def _consume(
 def backward_wide_kernel(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_ptr, ds_desc, dk_desc, dv_desc, ranges, operands,
     n_tiles, kv_heads, heads, section, group, padded_q, seqlen_q, seqlen_k, left, right, scale, grad_scale,
-    seed_ptr, threshold, keep_scale,
+    seed_ptr, threshold, keep_scale, turns_ptr, turns_desc,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
     OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
     COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, LATE: gl.constexpr,
@@ -385,6 +414,10 @@ def backward_wide_kernel(
     q_full = _barriers(STAGES)
     do_full = _barriers(DO_STAGES)
     kv_full = _barriers(2)
+    one_smem = lse_smem  # (of no use)
+    if turns_ptr is not None:
+        one_smem = _one(turns_desc)
+    turns = (turns_ptr, turns_desc, one_smem)
     fence_async_shared()
 
     DROPOUT: gl.constexpr = seed_ptr is not None
@@ -398,11 +431,11 @@ def backward_wide_kernel(
     smem = (q_smem, do_smem, k_smem, v_smem, p_smem, ds_smem, lse_smem, delta_smem)
     weights = (
         dq_ptr, ds_desc, dv_desc, operands, smem, bars, work, window, ranges, group, padded_q, scale, grad_scale,
-        seed_ptr, threshold, keep_scale,
+        seed_ptr, threshold, keep_scale, turns,
     )  # fmt: skip
     scores = (
         dq_ptr, ds_desc, dk_desc, operands, smem, bars, work, window, ranges, group, padded_q, scale, grad_scale,
-        seed_ptr, threshold, keep_scale,
+        seed_ptr, threshold, keep_scale, turns,
     )  # fmt: skip
     gl.warp_specialize(
         [

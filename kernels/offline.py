@@ -181,6 +181,7 @@ def _ranges(mask: torch.Tensor | None, formulas, shape: tuple[int, ...]) -> torc
 def backward_case(
     head_dim: int, head_dim_v: int, window: str, dtype: torch.dtype, bias: str = "", mask: str = "",
     softcap: float | None = None, bias_grad: bool = False, dropout: bool = False, formulas: str = "",
+    deterministic: bool = False,
 ) -> Case:  # fmt: skip
     """The case of the backward kernel that its tile table gives for a problem, as for `forward_case`."""
     from fa3_inductor.kernels import backward
@@ -196,11 +197,13 @@ def backward_case(
     )
     computed = _formulas(formulas, batch, q_heads, seqlen)
     tile = backward.tile_for(head_dim, head_dim_v, bool(bias or mask or softcap or dropout or formulas))
-    dq, dk, dv, rows, sums, dscores, ranges = backward._buffers(q, k, v, hidden, computed, tile, bias_grad)
+    dq, dk, dv, rows, sums, dscores, ranges, turns = backward._buffers(
+        q, k, v, hidden, computed, tile, bias_grad, deterministic
+    )
     grid, args = backward.launch_arguments(
         dout, q, k, v, added, hidden, rows[0].clone(), rows[1].clone(), sums, dk, dv, dscores, ranges, 0.1,
         *WINDOWS[window], softcap, empty(1, dtype=torch.int64) if dropout else None, 0.1 if dropout else 0.0,
-        computed, tile=tile, sm_count=132,
+        computed, turns, tile=tile, sm_count=132,
     )  # fmt: skip
     kernel = backward.backward_wide_kernel if tile.wide else backward.backward_kernel
     spills = SPILLS_OF_LARGE_TILES if tile.block_m == 128 or dropout else SPILLS_OF_BACKWARD
@@ -297,6 +300,10 @@ def cases() -> dict[str, functools.partial]:
         ("d128-dropout", (128, 128, "causal", bf16), dict(dropout=True)),
         ("d256-dropout-mask", (256, 256, "full", fp16), dict(dropout=True, mask="bk")),
         ("d64-alibi", (64, 64, "causal", bf16), dict(formulas="alibi")),
+        ("d64-deterministic", (64, 64, "full", bf16), dict(deterministic=True)),
+        ("d128-deterministic", (128, 128, "causal", bf16), dict(deterministic=True)),
+        ("d128-window-deterministic", (128, 128, "window", bf16), dict(deterministic=True)),
+        ("d256-window-deterministic", (256, 256, "window", bf16), dict(deterministic=True)),
         ("d128-documents", (128, 128, "causal", bf16), dict(formulas="documents")),
         ("d256-formulas", (256, 256, "full", bf16), dict(formulas="everything", mask="bk")),
     ):

@@ -11,13 +11,20 @@ from fa3_inductor import Report, config
 from fa3_inductor.rewrite import rewrite_graph
 
 
-def fuse(fn: Callable, *, target: str = "auto", dynamic: bool | None = None) -> tuple[Callable, Report]:
-    """``fn`` compiled by the pass alone: graphs are rewritten and then run as they are, without code generation."""
+def fuse(
+    fn: Callable, *, target: str = "auto", dynamic: bool | None = None, graphs: list | None = None
+) -> tuple[Callable, Report]:
+    """``fn`` compiled by the pass alone: graphs are rewritten and then run as they are, without code generation.
+
+    They are added to ``graphs``.
+    """
     report = Report()
 
     def backend(gm: torch.fx.GraphModule, _inputs: list[Any]) -> Callable:
         with config.patch(target=target):
             report.graphs.append(rewrite_graph(gm))
+        if graphs is not None:
+            graphs.append(gm)
         return gm.forward
 
     torch._dynamo.reset()

@@ -5,7 +5,7 @@ import torch
 import torch.utils.checkpoint
 
 import fa3_inductor
-from fa3_inductor import plan
+from fa3_inductor import config, plan
 
 from . import forms
 from .harness import assert_as_good_as_eager, error, fuse, run
@@ -43,22 +43,26 @@ def test_training(form):
     assert (site.status, site.mask, site.target) == ("fused", form.mask, "hopper"), site.verdict
 
 
-@pytest.mark.parametrize("grads", [False, True])
-def test_deterministic_algorithms(grads):
-    """The order of the sums is fixed in the forward alone."""
+@pytest.mark.parametrize("way", ["torch", "config", "neither"])
+def test_deterministic_algorithms(way):
+    """The operator is told, whichever way it was asked for."""
 
     def fn(q, k, v):
         return torch.softmax(q @ k.mT, dim=-1) @ v
 
     args = list(torch.randn(3, 2, 4, 23, 16).unbind())
-    compiled, report = fuse(fn)
-    torch.use_deterministic_algorithms(True)
+    graphs = []
+    compiled, report = fuse(fn, graphs=graphs)
+    torch.use_deterministic_algorithms(way == "torch")
     try:
-        run(compiled, args, torch.bfloat16, grads)
+        with config.patch(deterministic=way == "config"):
+            run(compiled, args, torch.bfloat16)
     finally:
         torch.use_deterministic_algorithms(False)
     (site,) = report.sites
-    assert site.target == ("sdpa" if grads else "hopper"), site.verdict
+    assert site.target == "hopper", site.verdict
+    told = [n.args[13] for n in graphs[0].graph.nodes if n.target is torch.ops.fa3.attention.default]
+    assert told == [way != "neither"]
 
 
 def dropped(q, k, v):

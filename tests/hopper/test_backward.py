@@ -36,7 +36,7 @@ def poison(monkeypatch):
 
 def check(
     q, k, v, *, scale, window_left=None, window_right=None, bias=None, mask=None, softcap=None, sinks=None, seed=None,
-    dropout_p=0.0, formulas=NO_FORMULAS,
+    dropout_p=0.0, formulas=NO_FORMULAS, deterministic=False,
 ):  # fmt: skip
     """All gradients of one problem, the bias's too if it requires one."""
     window = dict(window_left=window_left, window_right=window_right)
@@ -51,7 +51,7 @@ def check(
     out, lse = attention_forward(q, k, v, bias, mask, scale=scale, softcap=softcap, sinks=sinks, **window, **dropout, formulas=formulas)
     got = attention_backward(
         dout, q, k, v, bias, mask, out, lse, scale=scale, softcap=softcap, bias_grad=bias_grad, **window,
-        **dropout, formulas=formulas,
+        **dropout, formulas=formulas, deterministic=deterministic,
     )  # fmt: skip
     double = [None if x is None else x.double() for x in (q, k, v, bias)]
     in_double = dict(scale=scale, softcap=softcap, formulas=formulas, **window)
@@ -80,6 +80,30 @@ def test_matches_float64(seed):
     if bias is not None and "softcap" not in options and seed % 2:
         bias.requires_grad_()
     check(q, k, v, **options)
+
+
+@pytest.mark.parametrize("seed", range(1000, 1080))
+def test_in_order_matches_float64(seed):
+    (q, k, v), options = drawn(seed)
+    check(q, k, v, **options, deterministic=True)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("left, right, masked", [(None, None, False), (None, 0, False), (300, 0, False), (None, 0, True)])
+@pytest.mark.parametrize("heads, kv_heads, seqlen", [(16, 16, 3000), (8, 2, 1111), (40, 40, 512)])
+def test_in_order_is_bit_for_bit(head_dim, left, right, masked, heads, kv_heads, seqlen):
+    torch.manual_seed(0)
+    q, k, v = (
+        torch.randn(2, n, seqlen, head_dim, device="cuda", dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads)
+    )
+    mask = torch.rand(2, 1, 1, seqlen, device="cuda") > 0.3 if masked else None
+    options = dict(scale=0.1, window_left=left, window_right=right)
+    out, lse = attention_forward(q, k, v, None, mask, **options)
+    dout = torch.randn_like(out)
+    first = attention_backward(dout, q, k, v, None, mask, out, lse, deterministic=True, **options)
+    for _ in range(30):
+        again = attention_backward(dout, q, k, v, None, mask, out, lse, deterministic=True, **options)
+        assert all(torch.equal(a, b) for a, b in zip(first[:3], again[:3]))
 
 
 GRADIENTS = {  # (b, hq, hkv, sq, sk, window_right[, window_left])
