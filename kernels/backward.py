@@ -179,7 +179,7 @@ def _buffers(q, k, v, mask, formulas, tile, bias_grad, deterministic) -> tuple:
         ranges = q.new_empty(ranges_shape(shape, axes, tile.keys), dtype=torch.int32)
     turns = None
     if deterministic:
-        turns = q.new_zeros((batch * q_heads, -(-seqlen_q // tile.block_m), 2, 4), dtype=torch.int32)
+        turns = q.new_zeros(4 * (batch * q_heads * -(-seqlen_q // tile.block_m) * 2 + 1), dtype=torch.int32)
     return dq, dk, dv, rows, sums, dscores, ranges, turns
 
 
@@ -242,7 +242,7 @@ def launch_arguments(
         lse, delta: of the statistics kernel; sums: dQ's accumulator, as `_buffers` has it.
         dscores: 16-bit [B, Hq, Sk, padded Sq], to be filled with dS^T.
         ranges: of the mask's transpose, for blocks of the tile's keys and query tiles of its block_m.
-        turns: int32 [B * Hq, query tiles, 2, 4], 0, for dQ to be summed up in order; with them there are no ranges.
+        turns: the counts of dQ's sums, int32, 0, for these to be in order; with them there are no ranges.
     """
     batch, q_heads, seqlen_q, _ = q.shape
     kv_heads, seqlen_k = v.shape[1:3]

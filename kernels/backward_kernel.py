@@ -82,8 +82,8 @@ def _query_ranges(
 
 
 # The order of dQ's sums: each is over the tiles of keys that see its queries, of which every consumer adds its part. With
-# `turns` [heads of all batches, query tiles, 2 consumers, 4], counts of how many did (and 12 bytes that nobody reads, for
-# TMA), they add one after the other.
+# `turns`, counts of how many did, they add one after the other: [heads of all batches, query tiles, 2 consumers], after
+# one that nobody reads, each in the first of four integers, for TMA.
 
 
 @gluon.jit
@@ -91,7 +91,7 @@ def _turn_of(
     flat, tile, key0, window, WHO: gl.constexpr, KEYS: gl.constexpr, BLOCK_M: gl.constexpr, LEFT: gl.constexpr
 ):  # fmt: skip
     """Which count is that of a query tile, and what it is when it is the turn of the keys from key0 on."""
-    turn = (flat * ((window[0] + BLOCK_M - 1) // BLOCK_M) + tile) * 2 + WHO
+    turn = (flat * ((window[0] + BLOCK_M - 1) // BLOCK_M) + tile) * 2 + WHO + 1
     number = key0 // KEYS
     if LEFT:
         number -= gl.maximum(tile * BLOCK_M - window[2], 0) // KEYS  # less the tiles of keys that are too far to the left
@@ -129,12 +129,12 @@ def _pass_on(turns_desc, one_smem, turn, is_taken):
     """Counts up, if is_taken, once what this group had TMA add before has been added.
 
     (`tma.store_wait` waits for less: until shared memory has been read.) By TMA as well: with `red` and `st` instructions
-    in its place ptxas spills 1 KB.
+    in its place ptxas spills 1 KB. (And to a place of its own if not: an H200 takes -4 for an illegal instruction.)
     """
     gl.inline_asm_elementwise(
         "cp.async.bulk.wait_group 0; fence.proxy.async.global; mov.u32 $0, $1;", "=r,r", [turn], gl.int32, False, 1
     )
-    tma_add(turns_desc, [gl.where(is_taken, turn * 4, -4)], one_smem)
+    tma_add(turns_desc, [gl.where(is_taken, turn * 4, 0)], one_smem)
 
 
 @gluon.jit

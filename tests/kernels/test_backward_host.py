@@ -47,7 +47,7 @@ def test_turns_are_taken_one_after_the_other(left, right, seqlens, keys, block_m
         first, _, _, stop = query_ranges(0, 0, key0, window, None, keys, block_m, *has)
         for tile in range(first, stop):
             turn, number = turn_of(3, tile, key0, window, 1, keys, block_m, has[0])
-            assert turn == (3 * -(-seqlens[0] // block_m) + tile) * 2 + 1
+            assert turn == (3 * -(-seqlens[0] // block_m) + tile) * 2 + 2
             assert counts.setdefault(turn, 0) == number
             counts[turn] += 1
 
