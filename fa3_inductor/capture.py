@@ -182,7 +182,8 @@ class _Recorder(torch.fx.Interpreter):
             return lambda: None
         if name in ("_add_batch_dim", "_remove_batch_dim"):
             return functools.partial(getattr(self, name), n, *self.fetch_args_kwargs_from_env(n)[0])
-        if n.op == "output" or name in ("new_ones", "new_zeros", "new_full") or self._mapped.keys().isdisjoint(n.all_input_nodes):
+        is_fresh = name in ("new_ones", "new_zeros", "new_full")
+        if n.op == "output" or is_fresh or self._mapped.keys().isdisjoint(n.all_input_nodes):
             return None
         return functools.partial(self._elementwise, n, name)
 

@@ -397,14 +397,17 @@ def _formulas(emit: _Emitter, terms: tuple[Term, ...]) -> tuple[tuple[Term, ...]
             rest.append(term)
             continue
         tables += more
-        numbers = [tables.index(table) for table in formula.tables]
-        texts[is_bias].append(re.sub(r"\bt(\d+)\b", lambda t: f"t{numbers[int(t[1])]}", formula.text))
+        texts[is_bias].append(_renumbered(formula.text, [tables.index(table) for table in formula.tables]))
     if not any(texts.values()):
         return terms, ()
     bias = " + ".join(f"({text})" for text in texts[True]) if len(texts[True]) > 1 else "".join(texts[True])
     mask = " & ".join(f"({text})" for text in texts[False]) if len(texts[False]) > 1 else "".join(texts[False])
     nodes = [emit.call("detach", x) if fake_value(x).is_floating_point() else x for x in map(emit.operand, tables)]
     return tuple(rest), (bias, mask, *nodes)
+
+
+def _renumbered(formula: str, numbers: list[int]) -> str:
+    return re.sub(r"\bt(\d+)\b", lambda name: f"t{numbers[int(name[1])]}", formula)
 
 
 def _float8_operands(emit: _Emitter, spec: AttentionSpec) -> list[Node]:

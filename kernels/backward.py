@@ -80,8 +80,8 @@ def attention_backward(
         dout: [B, Hq, Sq, Dv], of q's dtype; out and lse: what `attention_forward` returned, lse with the sink in it if
             there was one.
         bias_grad: whether bias has a gradient. Then a 16-bit number is stored for every score.
-        deterministic: sum up dq in one order, so that equal arguments give equal bits. Then no tile that a mask hides is
-            skipped.
+        deterministic: sum up dq in one order, so that equal arguments give equal bits. Then no tile that a mask hides
+            is skipped.
 
     The others are those of `attention_forward`, and what it says of them holds here.
 
@@ -165,7 +165,7 @@ class _Call(NamedTuple):
 
 
 def _buffers(q, k, v, mask, formulas, tile, bias_grad, deterministic) -> tuple:
-    """dq, dk, dv, and what the kernels need in between: two statistics of every row, dQ in float32, dS, ranges, turns."""
+    """dq, dk, dv, and what the kernels need in between: two statistics of each row, dQ in float32, dS, ranges, turns."""
     batch, q_heads, seqlen_q, head_dim = q.shape
     padded = -(-seqlen_q // MULTIPLE) * MULTIPLE
     dq, dk, dv = (output_like(x, x.shape[3]) for x in (q, k, v))
@@ -184,7 +184,7 @@ def _buffers(q, k, v, mask, formulas, tile, bias_grad, deterministic) -> tuple:
 
 
 def _by_key(q, k, mask, formulas) -> tuple:
-    """For what finds the query tiles of each block of keys: the scores' shape, the mask and its axes, as [..., Sk, Sq]."""
+    """For the search for the query tiles of keys: the scores' shape, the mask, and its axes, as [..., Sk, Sq]."""
     shape = (*q.shape[:3], k.shape[2])
     whole = None if mask is None else broadcast("mask", mask, shape)
     batch, heads, rows, columns = mask_axes(whole, formulas, shape)

@@ -53,6 +53,7 @@ from fa3_inductor.kernels.backward_kernel import (
     _one,
     _opaque,
     _pass_on,
+    _peek,
     _place,
     _produce,
     _query_ranges,
@@ -87,14 +88,16 @@ def _own_columns(role, columns):
 
 
 @gluon.jit
-def _change_turns(turns, taken, turn, number, ROLE: gl.constexpr):
+def _change_turns(turns, taken, turn, number, count, ROLE: gl.constexpr):
     """Passes on the turn that was taken, if one was, and takes another, if it is one; all warps of a consumer do."""
     turns_ptr, turns_desc, one_smem = turns
-    gl.inline_asm_elementwise("fence.acq_rel.gpu; mov.u32 $0, $1;", "=r,r", [taken], gl.int32, False, 1)
+    gl.inline_asm_elementwise(
+        "fence.acq_rel.gpu; fence.proxy.async.global; mov.u32 $0, $1;", "=r,r", [taken], gl.int32, False, 1
+    )
     _sync(TOGETHER + 1 - ROLE, 128)
     _pass_on(turns_desc, one_smem, taken, taken >= 0)
     if turn >= 0:
-        _take_turn(turns_ptr, turn, number)
+        _take_turn(turns_ptr, turn, number, count)
 
 
 @gluon.jit
@@ -189,6 +192,8 @@ def _query_loop(
         k = _tile(k_smem, _opaque(0))
         v = _tile(v_smem, _opaque(0))
         keys = _opaque(key0) + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
+        if turns[0] is not None:
+            count = _peek(turns[0], gl.maximum(turn, 0))
         slot = it % STAGES
         do_slot = it % DO_STAGES
         q = _tile(q_smem, slot)
@@ -259,7 +264,7 @@ def _query_loop(
         else:
             acc = _accumulate(x16, _cut(q, COLUMNS), acc)
         if turns[0] is not None:
-            _change_turns(turns, taken, turn, number, ROLE)
+            _change_turns(turns, taken, turn, number, count, ROLE)
             taken = turn
         if LATE:
             dq = _dq(last_ds, k, COLUMN, dq_zero)
@@ -285,7 +290,7 @@ def _query_loop(
             _add(dq_ptr, last_row, COLUMN + PIECE, dq2, COLUMNS)
         last_row = head_row + row0
         if turns[0] is not None:
-            turn, number = _turn_of(flat, tile, key0, window, ROLE, ROWS, BLOCK_M, LEFT)
+            turn, number = _turn_of(flat, tile, key0, window, ROLE, ROWS, BLOCK_M, RIGHT)
         it += 1
     return acc, it, last_row, turn, number, taken
 
@@ -337,19 +342,22 @@ def _consume(
         )
         # Upwards from the first: tiles at an edge, tiles in which nothing is hidden, tiles at the other edge.
         acc, it, last_row, turn, number, taken = _query_loop(
-            acc, it, last_row, turn, number, taken, first, open_first, place, scale, grad_scale, smem, loop_bars, window,
-            dq_ptr, ds_desc, turns, operands, random, ROLE, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, LOAD, APPLY, CAPPED,
+            acc, it, last_row, turn, number, taken, first, open_first, place, scale, grad_scale, smem, loop_bars,
+            window, dq_ptr, ds_desc, turns, operands, random, ROLE, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT,
+            LOAD, APPLY, CAPPED,
             COLUMNS, COLUMNS_V, LATE, DROPOUT, s_layout,
         )  # fmt: skip
         acc, it, last_row, turn, number, taken = _query_loop(
-            acc, it, last_row, turn, number, taken, open_first, open_stop, place, scale, grad_scale, smem, loop_bars, window,
-            dq_ptr, ds_desc, turns, operands, random, ROLE, BLOCK_M, STAGES, DO_STAGES, False, LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY,
+            acc, it, last_row, turn, number, taken, open_first, open_stop, place, scale, grad_scale, smem, loop_bars,
+            window, dq_ptr, ds_desc, turns, operands, random, ROLE, BLOCK_M, STAGES, DO_STAGES, False, LEFT, RIGHT,
+            OPEN_LOAD, OPEN_APPLY,
             CAPPED, COLUMNS, COLUMNS_V, LATE, DROPOUT, s_layout,
         )  # fmt: skip
         if LEFT or ranges is not None:
             acc, it, last_row, turn, number, taken = _query_loop(
-                acc, it, last_row, turn, number, taken, open_stop, stop, place, scale, grad_scale, smem, loop_bars, window,
-                dq_ptr, ds_desc, turns, operands, random, ROLE, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, LOAD, APPLY, CAPPED,
+                acc, it, last_row, turn, number, taken, open_stop, stop, place, scale, grad_scale, smem, loop_bars,
+                window, dq_ptr, ds_desc, turns, operands, random, ROLE, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT,
+                LOAD, APPLY, CAPPED,
                 COLUMNS, COLUMNS_V, LATE, DROPOUT, s_layout,
             )  # fmt: skip
 
@@ -359,10 +367,10 @@ def _consume(
     dq = _dq(_tile(ds_smem, (it + 1) % 2).permute((1, 0)), _tile(k_smem, 0), COLUMN, dq_zero)
     dq = warpgroup_mma_wait(0, [dq])
     if turns[0] is not None:
-        _change_turns(turns, taken, turn, number, ROLE)
+        _change_turns(turns, taken, turn, number, -1, ROLE)
     _add(dq_ptr, last_row, COLUMN, dq, COLUMNS)
     if turns[0] is not None:
-        _change_turns(turns, turn, -1, 0, ROLE)
+        _change_turns(turns, turn, -1, 0, -1, ROLE)
 
     # Out by way of memory of the same shape that nobody reads any more: V's after the last dS, Q's after the last dK.
     if ROLE == WEIGHTS:
@@ -421,7 +429,7 @@ def backward_wide_kernel(
     fence_async_shared()
 
     DROPOUT: gl.constexpr = seed_ptr is not None
-    work = (n_tiles, kv_heads, heads, section)
+    work = (n_tiles, kv_heads, heads, section, turns_ptr)
     window = (seqlen_q, seqlen_k, left, right)
     bars = (q_full, do_full, kv_full)
     produce = (

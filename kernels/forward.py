@@ -17,9 +17,9 @@ from triton.runtime import driver
 
 from fa3_inductor.kernels import launch, output_like
 from fa3_inductor.kernels.dropout import keep_scale, threshold
-from fa3_inductor.kernels.forward_kernel import ROWS as ROWS_OF_A_CONSUMER
 from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas
 from fa3_inductor.kernels.formulas import check as check_formulas
+from fa3_inductor.kernels.forward_kernel import ROWS as ROWS_OF_A_CONSUMER
 from fa3_inductor.kernels.forward_kernel import forward_kernel
 from fa3_inductor.kernels.ranges import mask_axes, ranges_arguments, ranges_kernel, ranges_shape
 from fa3_inductor.kernels.schedule import longest_first

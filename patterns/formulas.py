@@ -31,7 +31,8 @@ class _Inexpressible(Exception):
 class _Text:
     """A part of a formula: a "condition", an "integer" or a "real"; ``exact`` if no operation has rounded it.
 
-    ``as_real`` is what an integer is as a real number, if not real() of it: sums of that are of one dimension for longer.
+    ``as_real`` is what an integer is as a real number, if not real() of it: sums of reals are converted before, in one
+    dimension.
     ``dtype`` is that of the tables in an integer; one without is known to be small.
     """
 

@@ -18,8 +18,8 @@ from .products import is_product
 
 aten = torch.ops.aten
 
-# Set in the meta of a captured input: whether it is a parameter with a gradient, and whether it has a gradient. The latter
-# also of what may have one of its own.
+# Set in the meta of a captured input: whether it is a parameter with a gradient, and whether it has a gradient; the
+# latter also of what may have one of its own.
 LEARNED, REQUIRES_GRAD = "fa3_learned", "fa3_requires_grad"
 # Set in the meta of inputs whose values are known: what returns their least and greatest, or None.
 KNOWN_BOUNDS = "fa3_known_bounds"

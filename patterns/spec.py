@@ -82,8 +82,8 @@ class Term:
     ``window`` is set where the term is nothing but a proved window, ``fill`` is what KEEP and DROP write over hidden
     scores. ``swallows`` is the value below which an added one leaves nothing of the score that it is added to, None if
     none is that low. ``known`` is whether its values are known to be 0 or those of a mask, ``ordinary`` whether a
-    BIAS is known to hold nothing but numbers that no mask of this attention is moved by. ``formula`` is the bias, or where
-    what the spec's window leaves visible is visible, if there is a formula for it.
+    BIAS is known to hold nothing but numbers that no mask of this attention is moved by. ``formula`` is the bias, or
+    where a mask shows what the spec's window leaves visible, if there is a formula for it.
     """
 
     kind: TermKind

@@ -54,9 +54,7 @@ def read_terms(
             # A row of nothing but fills: equal weights for the keys at its top.
             swallows = float(raw_term.fill) / 2 if raw_term.fill.is_finite else None
             formula = _formula_of_mask(algebra, condition, operand, roles, axes)
-            terms.append(
-                Term(kind, operand, window, fill=float(raw_term.fill), swallows=swallows, formula=formula)
-            )
+            terms.append(Term(kind, operand, window, fill=float(raw_term.fill), swallows=swallows, formula=formula))
             kinds.append(Empty.MEAN if raw_term.fill.is_finite else Empty.NAN)
             continue
         if not raw_term.coefficient.is_number:
@@ -73,11 +71,8 @@ def read_terms(
             formula = formula_of_value(algebra, raw_term.node, raw_term.index, coefficient, roles)
         else:
             formula = None
-        terms.append(
-            Term(
-                kind, operand, window, coefficient, swallows=swallows, known=known, ordinary=is_ordinary, formula=formula
-            )
-        )  # fmt: skip
+        about = dict(swallows=swallows, known=known, ordinary=is_ordinary, formula=formula)
+        terms.append(Term(kind, operand, window, coefficient, **about))
         if not is_ordinary:
             kinds.append(empty or Empty.NAN_SCORES)
     mask = prove(space, sympy.And(*conditions), axes)

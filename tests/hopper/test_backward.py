@@ -48,7 +48,9 @@ def check(
     q, k, v, dout = (x.detach() for x in (q, k, v, dout))
     bias = None if bias is None else bias.detach()
     dropout = dict(seed=seed, dropout_p=dropout_p)
-    out, lse = attention_forward(q, k, v, bias, mask, scale=scale, softcap=softcap, sinks=sinks, **window, **dropout, formulas=formulas)
+    out, lse = attention_forward(
+        q, k, v, bias, mask, scale=scale, softcap=softcap, sinks=sinks, **window, **dropout, formulas=formulas
+    )
     got = attention_backward(
         dout, q, k, v, bias, mask, out, lse, scale=scale, softcap=softcap, bias_grad=bias_grad, **window,
         **dropout, formulas=formulas, deterministic=deterministic,
@@ -89,7 +91,9 @@ def test_in_order_matches_float64(seed):
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-@pytest.mark.parametrize("left, right, masked", [(None, None, False), (None, 0, False), (300, 0, False), (None, 0, True)])
+@pytest.mark.parametrize(
+    "left, right, masked", [(None, None, False), (None, 0, False), (300, 0, False), (300, None, False), (None, 0, True)]
+)
 @pytest.mark.parametrize("heads, kv_heads, seqlen", [(16, 16, 3000), (8, 2, 1111), (40, 40, 512)])
 def test_in_order_is_bit_for_bit(head_dim, left, right, masked, heads, kv_heads, seqlen):
     torch.manual_seed(0)

@@ -43,10 +43,10 @@ def test_turns_are_taken_one_after_the_other(left, right, seqlens, keys, block_m
     query_ranges, turn_of = as_python(backward_kernel._query_ranges), as_python(backward_kernel._turn_of)
     window, has = (*seqlens, left or 0, right or 0), (left is not None, right is not None)
     counts = {}
-    for key0 in range(0, seqlens[1], keys):
+    for key0 in reversed(range(0, seqlens[1], keys)):
         first, _, _, stop = query_ranges(0, 0, key0, window, None, keys, block_m, *has)
         for tile in range(first, stop):
-            turn, number = turn_of(3, tile, key0, window, 1, keys, block_m, has[0])
+            turn, number = turn_of(3, tile, key0, window, 1, keys, block_m, has[1])
             assert turn == (3 * -(-seqlens[0] // block_m) + tile) * 2 + 2
             assert counts.setdefault(turn, 0) == number
             counts[turn] += 1
@@ -54,12 +54,16 @@ def test_turns_are_taken_one_after_the_other(left, right, seqlens, keys, block_m
 
 @pytest.mark.parametrize("n_tiles, kv_heads, batch, section", [(4, 3, 2, 1), (4, 3, 2, 4), (1, 5, 1, 2), (7, 2, 3, 6)])
 def test_every_tile_has_one_block(n_tiles, kv_heads, batch, section):
-    work = (n_tiles, kv_heads, batch * kv_heads, section)
-    places = [as_python(backward_kernel._place, pid)(work, 128) for pid in range(n_tiles * batch * kv_heads)]
+    work, count = (n_tiles, kv_heads, batch * kv_heads, section), n_tiles * batch * kv_heads
+    places, in_order = (
+        [as_python(backward_kernel._place, pid)((*work, turns), 128) for pid in range(count)]
+        for turns in (None, "there")
+    )
     assert sorted(places) == sorted(itertools.product(range(batch), range(kv_heads), range(0, 128 * n_tiles, 128)))
+    assert sorted(in_order) == sorted(places)
     for head in {place[:2] for place in places}:  # who waits for another's turn is started after it
-        keys = [place[2] for place in places if place[:2] == head]
-        assert keys == sorted(keys)
+        keys = [place[2] for place in in_order if place[:2] == head]
+        assert keys == sorted(keys, reverse=True)
     first = [key0 for _, _, key0 in places[: section * n_tiles]]
     assert first == sorted(first)  # causal: the longest first
 
