@@ -165,7 +165,7 @@ class _Call(NamedTuple):
 
 
 def _buffers(q, k, v, mask, formulas, tile, bias_grad, deterministic) -> tuple:
-    """dq, dk, dv, and what the kernels need in between: two statistics of each row, dQ in float32, dS, ranges, turns."""
+    """dq, dk, dv, and what kernels need in between: two statistics of each row, dQ in float32, dS, ranges, turns."""
     batch, q_heads, seqlen_q, head_dim = q.shape
     padded = -(-seqlen_q // MULTIPLE) * MULTIPLE
     dq, dk, dv = (output_like(x, x.shape[3]) for x in (q, k, v))

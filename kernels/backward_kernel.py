@@ -87,10 +87,10 @@ def _query_ranges(
     return first, open_first, open_stop, stop
 
 
-# The order of dQ's sums. Each is over the tiles of keys that see its queries; of them every consumer adds its part. With
-# `turns`, counts of how many did, they add one after the other: [heads of all batches, query tiles, 2 consumers], after
-# one that nobody reads, each in the first of four integers, for TMA. The last keys come first: under a causal mask,
-# their turn comes with the first queries that they see, so that nobody has to wait.
+# The order of dQ's sums. Each is over the tiles of keys that see its queries; of these every consumer adds its part.
+# With `turns`, counts of how many did, they add one after the other: [heads of all batches, query tiles, 2 consumers],
+# after one that nobody reads, each in the first of four integers, for TMA. The last keys come first: under a causal
+# mask, their turn comes with the first queries that they see, so that nobody has to wait.
 
 
 @gluon.jit

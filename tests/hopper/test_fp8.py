@@ -113,7 +113,7 @@ def test_of_rounded_operands(seed):
     (q, k, v), options = drawn(seed + 1000)
     signs = random.Random(seed).choice([None, 0, 7])
     out, lse = attention_quantised(q, k, v, **options, seed=signs)
-    blocks = fp8.blocks(q, v, signs, any(n in options for n in ("bias", "mask", "softcap")))
+    blocks = fp8.blocks(q, v, signs, any(n in options for n in ("bias", "mask", "softcap", "formulas")))
     reference, expected_lse = attention_quantised_reference(q, k, v, **options, **blocks)
     of_double = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in options.items()}
     exact, _ = attention_reference(*(x.double() for x in (q, k, v)), **of_double)
