@@ -321,12 +321,8 @@ def may_write(node: Node) -> bool:
     if isinstance(target, torch._ops.HigherOrderOperator) or target is operator.setitem or target in _INPLACE_OPERATORS:
         return True
     name = getattr(target, "__name__", "")
-    if (
-        node.kwargs.get("inplace")
-        or node.kwargs.get("out") is not None
-        or name.endswith("_")
-        and not name.endswith("__")
-    ):
+    is_named_so = name.endswith("_") and not name.endswith("__") and name not in ("and_", "or_", "not_", "is_")
+    if node.kwargs.get("inplace") or node.kwargs.get("out") is not None or is_named_so:
         return True
     # An ``inplace`` argument given by position cannot be told from another flag, so any True counts.
     parameters = getattr(getattr(target, "__code__", None), "co_varnames", ())

@@ -33,7 +33,8 @@ class Formulas(NamedTuple):
 
     def key(self) -> tuple:
         """What the preparation of a launch depends on."""
-        return self.bias, self.mask, *((x.shape, x.stride(), x.dtype, x.data_ptr() & 15) for x in self.tables)
+        tables = ((x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15) for x in self.tables)
+        return self.bias, self.mask, *tables
 
 
 NO_FORMULAS = Formulas()

@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from fa3_inductor.kernels import terms  # noqa: E402
+from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas, check, evaluate, parse  # noqa: E402
 
 BATCH, HEADS, SEQLEN_Q, SEQLEN_K = SHAPE = (2, 3, 40, 48)
 SCALE = 0.3
@@ -41,14 +42,15 @@ def fake_gl(reads):
 
     return types.SimpleNamespace(
         load=load, int64=torch.int64, float32=torch.float32, exp2=torch.exp2, where=torch.where,
-        minimum=lambda a, b: torch.clamp(a, max=b), multiple_of=lambda x, n: x, constexpr=bool,
+        minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)), maximum=torch.maximum,
+        abs=torch.abs, exp=torch.exp, log=torch.log, sqrt=torch.sqrt, multiple_of=lambda x, n: x, constexpr=bool,
         inline_asm_elementwise=approximate_reciprocal,
     )  # fmt: skip
 
 
-def scores_by_program(products, bias, mask, softcap):
+def scores_by_program(products, bias, mask, softcap, formulas=NO_FORMULAS):
     """The scores of SHAPE, tile by tile as the kernel does them; what was read; and the program."""
-    program, operands = terms.program_of(bias, mask, softcap, SHAPE)
+    program, operands = terms.program_of(bias, mask, softcap, SHAPE, formulas)
     load, apply, scaled = terms.functions(program)
     operands = tuple((Pointer(tensor), *strides) for tensor, *strides in operands)
     reads: list = []
@@ -111,6 +113,77 @@ def test_all_at_once():
     got, _, _ = scores_by_program(products, bias, mask, 2.0)
     want = (2.0 * torch.tanh(products * SCALE / 2.0) + bias).masked_fill(~mask, -math.inf)
     torch.testing.assert_close(got, want)
+
+
+ROWS, COLUMNS = torch.arange(SEQLEN_Q)[:, None], torch.arange(SEQLEN_K)
+SLOPES = torch.tensor([0.5, 0.25, 0.125]).view(1, HEADS, 1, 1)
+OF_QUERIES = torch.arange(BATCH * SEQLEN_Q).view(BATCH, 1, SEQLEN_Q, 1) // 7
+OF_KEYS = torch.arange(BATCH * SEQLEN_K).view(BATCH, 1, 1, SEQLEN_K) // 7
+FORMULAS = [  # text, tables, what it is
+    ("real(t0) * (real(k) - real(q))", [SLOPES], SLOPES * (COLUMNS - ROWS)),
+    ("real(t0) * abs(real(k) - real(q)) - 1.5", [SLOPES.bfloat16()], SLOPES * (COLUMNS - ROWS).abs() - 1.5),
+    ("minimum(real(q) / 2.0, sqrt(real(k)))", [], torch.minimum(ROWS / 2, COLUMNS.sqrt())),
+    ("exp(-real(q)) + maximum(log(real(k + 1)), real(t0))", [SLOPES],
+     torch.exp(-ROWS.float()) + torch.maximum(torch.log(COLUMNS + 1.0), SLOPES)),
+    ("t0 == t1", [OF_QUERIES, OF_KEYS], OF_QUERIES == OF_KEYS),
+    ("(k <= q) | (k < t0)", [OF_QUERIES[:, :, :1]], (COLUMNS <= ROWS) | (COLUMNS < OF_QUERIES[:, :, :1])),
+    ("(q // 16 == k // 16) & ~(k % 3 == 1)", [], (ROWS // 16 == COLUMNS // 16) & (COLUMNS % 3 != 1)),
+    ("where(t0 != 0, k, q) > 5", [OF_KEYS % 2 == 0], torch.where(OF_KEYS % 2 == 0, COLUMNS, ROWS) > 5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, tables, value", FORMULAS, ids=[text for text, *_ in FORMULAS])
+def test_formulas(text, tables, value):
+    torch.manual_seed(0)
+    products, shape = torch.randn(*SHAPE), torch.Size(SHAPE)
+    evaluated = evaluate(text, tuple(tables), shape, torch.float32, torch.device("cpu"))
+    torch.testing.assert_close(evaluated.expand(shape), value.expand(shape))
+    is_mask = value.dtype == torch.bool
+    formulas = Formulas(*(("", text) if is_mask else (text, "")), tuple(tables))
+    check(formulas, SHAPE)
+    want = products * SCALE
+    want = want.masked_fill(~value, -math.inf) if is_mask else want + value
+    torch.testing.assert_close(scores_by_program(products, None, None, None, formulas)[0], want)
+
+
+def test_formulas_beside_tensors():
+    torch.manual_seed(0)
+    products = torch.randn(*SHAPE)
+    bias, mask = operand("bias", "hqk", "contiguous"), operand("mask", "bk", "contiguous")
+    formulas = Formulas("real(t0) * real(k)", "t1 == t2", (SLOPES, OF_QUERIES, OF_KEYS))
+    got, _, program = scores_by_program(products, bias, mask, 2.0, formulas)
+    want = 2.0 * torch.tanh(products * SCALE / 2.0) + bias + SLOPES * COLUMNS
+    torch.testing.assert_close(got, want.masked_fill(~mask | (OF_QUERIES != OF_KEYS), -math.inf))
+    # Where no key is hidden, only what the bias needs is read.
+    assert program.without_mask() == terms.ScoreProgram(2.0, program.terms[:2], formulas.bias)
+
+
+@pytest.mark.parametrize("text, problem", [
+    ("q +", "is no expression"),
+    ("__import__('os')", "has .*__import__"),
+    ("q.real", "has 'q.real'"),
+    ("x + 1", "has 'x'"),
+    ("where(q < k, 1)", "has 'where"),
+    ("q < k < 5", "has 'q < k < 5'"),
+    ("'q'", "has"),
+    ("q ** 2", "has"),
+    ("[q for q in k]", "has"),
+    ("(q := k)", "has"),
+])  # fmt: skip
+def test_what_is_no_formula(text, problem):
+    with pytest.raises(ValueError, match=problem):
+        parse(text)
+
+
+@pytest.mark.parametrize("formulas, problem", [
+    (Formulas("real(t1)", "", (SLOPES,)), "1 tables name t1"),
+    (Formulas("real(t0)", "", (torch.ones(5),)), "does not broadcast"),
+    (Formulas("real(t0)", "", (torch.ones(SEQLEN_Q, SEQLEN_K),)), "varies along queries and keys both"),
+    (Formulas("real(t0)", "", (SLOPES.double(),)), "is torch.float64"),
+])  # fmt: skip
+def test_tables_that_are_none(formulas, problem):
+    with pytest.raises(ValueError, match=problem):
+        check(formulas, SHAPE)
 
 
 def test_a_soft_cap_holds_at_infinity():
