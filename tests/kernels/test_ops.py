@@ -200,3 +200,54 @@ def test_dropout(masked):
     dout = torch.randn_like(out)
     for got, grad in zip(torch.autograd.grad(out, (q, k, v), dout), torch.autograd.grad(want, (q, k, v), dout)):
         torch.testing.assert_close(got, grad)
+
+
+def of_formulas():
+    """bias_formula, mask_formula and tables, and the bias, in float64, and mask that they are."""
+    slopes, document = torch.rand(1, 4, 1, 1), (torch.arange(32).view(2, 1, 1, 16) // 5)
+    q, k = torch.arange(16)[:, None], torch.arange(16)
+    formulas = "real(t0) * (real(k) - real(q))", "t1 == t2", slopes, document.mT, document
+    return formulas, slopes.double() * (k - q), document.mT == document
+
+
+def test_opcheck_formulas():
+    formulas, _, _ = of_formulas()
+    args = (*qkv(), *arguments("causal"), None, None, None, 0.0, False, *formulas)
+    torch.library.opcheck(attention.default, args)
+
+
+def test_formulas_are_the_tensors_that_they_stand_for():
+    formulas, bias, mask = of_formulas()
+    leaves = qkv(dtype=torch.float64)
+    _, _, *rest = arguments("causal")
+    out, lse = attention(*leaves, None, None, *rest, None, None, None, 0.0, False, *formulas)
+    expected, expected_lse = attention(*leaves, bias, mask, *rest)
+    torch.testing.assert_close((out, lse), (expected, expected_lse))
+    dout = torch.randn_like(out)
+    ours, theirs = (torch.autograd.grad(x, leaves, dout) for x in (out, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_tables_have_no_gradient():
+    formulas, _, _ = of_formulas()
+    formulas[2].requires_grad_()
+    with pytest.raises(NotImplementedError, match="tables of formulas have no gradient"):
+        attention(*qkv(), *arguments("causal"), None, None, None, 0.0, False, *formulas)
+
+
+@pytest.mark.parametrize("operator", ["attention_fp8", "attention_quantised"])
+def test_formulas_in_8_bits(operator):
+    formulas, bias, mask = of_formulas()
+    q, k, v = qkv(d=16, grad=False)
+    _, _, *rest = arguments("causal")
+    if operator == "attention_fp8":
+        ones = [torch.ones(1, 1)] * 3
+        q, k, v = (x.to(torch.float8_e4m3fn) for x in (q, k, v))
+        call = lambda *terms, more=(): torch.ops.fa3.attention_fp8(  # noqa: E731
+            q, k, v, *ones, *terms, *rest, torch.bfloat16, None, None, *more
+        )
+    else:
+        call = lambda *terms, more=(): torch.ops.fa3.attention_quantised(  # noqa: E731
+            q, k, v, *terms, *rest, 0, None, None, *more
+        )
+    torch.testing.assert_close(call(None, None, more=formulas), call(bias.float(), mask))
