@@ -145,6 +145,7 @@ class _Recorder(torch.fx.Interpreter):
         self._graph_length = 0
         self._step = -1
         self._mapped: dict[Node, int] = {}  # what has other axes than in the user's code, and how many of its own
+        self._open = 0  # how many vmaps are
 
     def run_with_attributes(self, *args: Any) -> Any:
         """Run with the values of the module's own tensors after those of the graph inputs."""
@@ -162,7 +163,7 @@ class _Recorder(torch.fx.Interpreter):
         vmapped = self._in_vmap(n)
         result = super().run_node(n) if vmapped is None else vmapped()
         tracer = tracing.current_tracer()
-        if n.op != "output" and n not in self._mapped:
+        if n.op != "output" and n not in self._mapped and not self._open:
             value = _traced(result, tracer)
             if value is not None:
                 self.history[n] = [(self._step, value)]
@@ -178,6 +179,7 @@ class _Recorder(torch.fx.Interpreter):
     def _in_vmap(self, n: Node) -> Callable[[], Any] | None:
         """What to run in place of a node that opens or closes a vmap or computes in one; None if it does neither."""
         name = getattr(n.target, "__name__", "") if n.op == "call_function" else str(n.target)
+        self._open += {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}.get(name, 0)
         if name in ("_vmap_increment_nesting", "_vmap_decrement_nesting", "lazy_load_decompositions"):
             return lambda: None
         if name in ("_add_batch_dim", "_remove_batch_dim"):
@@ -202,6 +204,9 @@ class _Recorder(torch.fx.Interpreter):
             self._mapped[n] = own + 1
         return x
 
+    def _mapped_inputs(self, n: Node) -> list[Node]:
+        return [x for x in n.all_input_nodes if x in self._mapped]
+
     def _elementwise(self, n: Node, name: str) -> torch.Tensor:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if any(self._mapped.get(x) for x in n.all_input_nodes):
@@ -213,6 +218,9 @@ class _Recorder(torch.fx.Interpreter):
             inputs = [x for x in index if isinstance(x, torch.Tensor)]
         else:
             inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            # (Of two with and without axes, torch takes the dtype of the first; of two without, it may take another.)
+            if name != "where" and len({x.dtype for x in inputs}) > 1 and len(inputs) > len(self._mapped_inputs(n)):
+                raise NotImplementedError(f"'{n.name}' in a vmapped function is of several dtypes")
         sources = n.args[:1] if name in _INDEXING else ()
         unmapped = [self.env[x] for x in n.all_input_nodes if x not in self._mapped and x not in sources]
         if name not in _ELEMENTWISE | _INDEXING or any(isinstance(x, torch.Tensor) and x.ndim for x in unmapped):

@@ -1,17 +1,20 @@
 """Graph inputs whose values are known when compiling: constants of the graph, and the model's buffers.
 
 A causal mask often lives in a buffer. Its data is read once, recognised exactly or not at all, and what was proved from
-it is guarded: the compiled code is used only while the buffer is the same tensor, never written to since.
+it is guarded: the compiled code is used only while the buffer is the same tensor, never written to since. So it is with
+what the values of a buffer that a bias is made of are bounded by.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import MutableMapping
 from typing import Any, Protocol
 
 import sympy
 import torch
 from torch.fx import Node
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import tracing
 from .capture import Capture
@@ -21,6 +24,10 @@ from .patterns.magnitude import KNOWN_BOUNDS
 
 # Reading a larger buffer than this while compiling would take longer than it can save.
 _LARGEST = 2**31
+
+
+_BOUNDED = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64, torch.uint8)
+_versions: MutableMapping[torch.Tensor, int] = WeakTensorKeyDictionary()
 
 
 class Constants:
@@ -48,7 +55,10 @@ class Constants:
     def bounds(self, node: Node) -> tuple[float, float] | None:
         """The least and greatest value of a graph input; None if they are not known, or not finite."""
         tensor = self._tensor(node)
-        if tensor is None or tensor.dtype == torch.bool:
+        if tensor is None or tensor.dtype not in _BOUNDED:
+            return None
+        # What is written to between two compilations will be again, and have everything compiled each time.
+        if _versions.setdefault(tensor, tensor._version) != tensor._version:
             return None
         with tracing.real_tensors():
             low, high = (float(x) for x in tensor.detach().aminmax())

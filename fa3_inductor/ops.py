@@ -26,9 +26,9 @@ from fa3_inductor.kernels.reference import (
 _MASKING = "float scale, SymInt? window_left, SymInt? window_right, str target"
 _SOFTCAP = "float? softcap=None"
 _DETERMINISTIC = "bool deterministic=False"
-_FORMULAS = (
-    'str bias_formula="", str mask_formula="", Tensor? t0=None, Tensor? t1=None, Tensor? t2=None, Tensor? t3=None'
-)
+MAX_TABLES = 4  # of the formulas of one attention
+_TABLES = ", ".join(f"Tensor? t{n}=None" for n in range(MAX_TABLES))
+_FORMULAS = f'str bias_formula="", str mask_formula="", {_TABLES}'
 # Fixed order, not exact strides: the kernels read any strides, and only the order decides how outputs lie
 # (`output_like`). So views into a packed projection come through without a copy.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)

@@ -22,7 +22,7 @@ from .patterns.layouts import NO_GRAD, argument, packet
 from .patterns.magnitude import passes_gradient_on
 from .patterns.masks import Mask
 from .patterns.reasons import Reason
-from .patterns.spec import AttentionSpec, Empty, Operand, Rejected, Repeat, Term, TermKind
+from .patterns.spec import AttentionSpec, Empty, Formula, Operand, Rejected, Repeat, Term, TermKind
 from .plan import Plan, seqlen_offset
 
 aten = torch.ops.aten
@@ -341,7 +341,7 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, t
         as_tensors = spec.terms if whole else tuple(t for t in spec.terms if t.window is None)
         formulas: tuple[Any, ...] = ()
         if not whole:
-            as_tensors, formulas = _formulas(emit, as_tensors)
+            as_tensors, formulas = _formulas(emit, as_tensors, fake_value(q).device)
             bias_formula, mask_formula = formulas[:2] or ("", "")
         q, bias, mask, row_seen = _shape_scores(emit, spec, plan, q, as_tensors, whole)
         left = right = None
@@ -381,29 +381,39 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, t
     return out, (bias_formula, mask_formula)
 
 
-_MAX_TABLES = 4  # of an attention: t0 to t3
-
-
-def _formulas(emit: _Emitter, terms: tuple[Term, ...]) -> tuple[tuple[Term, ...], tuple[Any, ...]]:
+def _formulas(
+    emit: _Emitter, terms: tuple[Term, ...], device: torch.device
+) -> tuple[tuple[Term, ...], tuple[Any, ...]]:
     """The terms that have to be tensors, and what the others are as arguments of the operators: formulas and tables."""
-    tables: list[Operand] = []
+    tables: dict[Operand, Node] = {}
     texts: dict[bool, list[str]] = {True: [], False: []}  # of biases, and of masks
     rest = []
     for term in sorted(terms, key=lambda t: t.kind is not TermKind.BIAS):  # their tables come first
         is_bias, formula = term.kind is TermKind.BIAS, term.formula
-        more = [] if formula is None else [table for table in formula.tables if table not in tables]
         learned = is_bias and emit.trains and passes_gradient_on(term.operand.node)
-        if formula is None or learned or len(tables) + len(more) > _MAX_TABLES:
+        more = None if formula is None or learned else _tables(emit, formula, device)
+        if more is None or len(tables | more) > ops.MAX_TABLES:
             rest.append(term)
             continue
-        tables += more
-        texts[is_bias].append(_renumbered(formula.text, [tables.index(table) for table in formula.tables]))
+        tables |= {table: node for table, node in more.items() if table not in tables}
+        order = list(tables)
+        texts[is_bias].append(_renumbered(formula.text, [order.index(table) for table in formula.tables]))
     if not any(texts.values()):
         return terms, ()
     bias = " + ".join(f"({text})" for text in texts[True]) if len(texts[True]) > 1 else "".join(texts[True])
     mask = " & ".join(f"({text})" for text in texts[False]) if len(texts[False]) > 1 else "".join(texts[False])
-    nodes = [emit.call("detach", x) if fake_value(x).is_floating_point() else x for x in map(emit.operand, tables)]
-    return tuple(rest), (bias, mask, *nodes)
+    return tuple(rest), (bias, mask, *tables.values())
+
+
+def _tables(emit: _Emitter, formula: Formula, device: torch.device) -> dict[Operand, Node] | None:
+    """The tables of a formula in the graph; None if one is on another device, or is no longer there."""
+    if any(table.node.meta["val"].device != device for table in formula.tables):
+        return None
+    try:
+        nodes = {table: emit.operand(table) for table in formula.tables}
+    except Rejected:
+        return None
+    return {t: emit.call("detach", x) if fake_value(x).is_floating_point() else x for t, x in nodes.items()}
 
 
 def _renumbered(formula: str, numbers: list[int]) -> str:
@@ -477,6 +487,7 @@ def _shape_scores(
     for term in terms:
         x = emit.operand(term.operand)
         if term.kind is TermKind.BIAS or (term.kind is TermKind.MASK and as_written):
+            x = x if fake_value(x).is_floating_point() else emit.call("float", x)
             x = x if term.coefficient == 1 else emit.call(operator.mul, x, term.coefficient)
             bias = x if bias is None else emit.call(operator.add, bias, x)
             continue

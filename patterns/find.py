@@ -14,12 +14,12 @@ from .float8 import read_float8
 from .indices import ONE, ZERO, Index, Space, broadcast_index, shape_exprs, size_expr
 from .layouts import LAYOUT_OPS, argument, layout_step, packet, rank, tensor, users_of
 from .masks import FULL, Axes, Mask, describe, no_row_is_empty
-from .operands import Roles, choose_operands, peel
+from .operands import Roles, choose_operands, peel, side_operand
 from .products import as_product, is_product
 from .reasons import Reason
 from .scores import Added, Hidden, NotScores, Scores, read_scores
 from .spec import AttentionSpec, Empty, Rejected, Term, TermKind
-from .terms import empty_beside_sink, hides_by_infinity, read_sink, read_terms, side_operand
+from .terms import empty_beside_sink, hides_by_infinity, read_sink, read_terms
 from .written import EMPTY_ROWS, Written, put_together
 
 aten = torch.ops.aten

@@ -17,8 +17,9 @@ from torch.fx import Node
 from .algebra import Algebra, Choice, Opaque, Value, is_condition, round_to
 from .indices import Index, broadcast_index, is_nonnegative, shape_exprs
 from .layouts import NO_GRAD, argument, layout_step, packet, tensor
-from .operands import Roles
-from .spec import Formula, Operand
+from .magnitude import magnitude
+from .operands import Roles, side_operand
+from .spec import Formula, Operand, Rejected
 
 aten = torch.ops.aten
 
@@ -33,7 +34,7 @@ class _Text:
 
     ``as_real`` is what an integer is as a real number, if not real() of it: sums of reals are converted before, in one
     dimension.
-    ``dtype`` is that of the tables in an integer; one without is known to be small.
+    ``dtype`` is that of the tables in an integer; one without is made of positions and numbers, and small.
     """
 
     kind: str
@@ -45,7 +46,8 @@ class _Text:
     def real(self) -> str:
         if self.kind == "real":
             return self.text
-        return self.as_real or f"real({_as_integer(self).text})"
+        # (Integers of tables may be large, and their differences be lost in float32.)
+        return self.as_real if self.as_real and self.dtype is None else f"real({_as_integer(self).text})"
 
 
 def formula_of_condition(algebra: Algebra, condition: Boolean, roles: Roles) -> Formula | None:
@@ -69,8 +71,8 @@ def formula_of_value(algebra: Algebra, node: Node, index: Index, factor: float, 
     return Formula(text if factor == 1 else f"{_number(factor)} * {_wrapped(text)}", tuple(writer.tables))
 
 
-# A position times this is no larger than 32 bits can hold: positions are below 2^22.
-_LARGEST_FACTOR = 2**8
+# Positions are below 2^22. With no larger factors and numbers than these, 32 bits hold what is made of them.
+_LARGEST_FACTOR, _LARGEST_NUMBER = 2**6, 2**26
 
 _RELATIONS = {sympy.Eq: "==", sympy.Ne: "!=", sympy.Lt: "<", sympy.Le: "<=", sympy.Gt: ">", sympy.Ge: ">="}
 _COMPARISONS = {aten.eq: "==", aten.ne: "!=", aten.lt: "<", aten.le: "<=", aten.gt: ">", aten.ge: ">="}
@@ -127,7 +129,7 @@ class _Writer:
         if is_condition(value):
             return _Text("condition", self.condition(value))
         if value.is_Integer:
-            if abs(value) >= 2**30:
+            if abs(value) > _LARGEST_NUMBER:
                 raise _Inexpressible
             return _Text("integer", str(value), as_real=_number(float(value)))
         if value.is_number:
@@ -201,6 +203,8 @@ class _Writer:
             return _chosen(_as_condition(self._operand(condition, index, torch.bool)), yes, no)
         if kind in _COMPARISONS and len(node.args) == 2:
             promoted = torch.result_type(*(x.meta["val"] if isinstance(x, Node) else x for x in node.args))
+            if any(_is_scalar(x) and tensor(x).dtype != promoted for x in node.args):
+                raise _Inexpressible  # is converted first, and may not fit
             operands = (self._operand(x, index, promoted, keeps=not promoted.is_floating_point) for x in node.args)
             return _Text("condition", _compared(_COMPARISONS[kind], *operands))
         if kind in _JUNCTIONS and dtype == torch.bool:
@@ -213,6 +217,8 @@ class _Writer:
         if not dtype.is_floating_point and dtype not in (torch.int32, torch.int64):
             raise _Inexpressible  # narrower ones wrap around
         operands = [self._operand(x, index, dtype) for x in node.args]
+        if kind is aten.mul and all(part.kind != "real" and part.dtype is None for part in operands):
+            raise _Inexpressible  # of positions: may be large
         if kind is aten.rsub and argument(node, 2, "alpha", 1) == 1:
             return _joined(" - ", operands[::-1])
         if kind in _ARITHMETIC and argument(node, 2, "alpha", 1) == 1:
@@ -226,8 +232,12 @@ class _Writer:
             return dataclasses.replace(inner, text=f"abs({inner.text})", as_real=f"abs({inner.real()})")
         if kind in _OF_TWO:
             left, right = _alike(operands)
+            if left.kind == "real" and not all(math.isfinite(magnitude(x)) for x in node.args):
+                raise _Inexpressible  # where there is a NaN, the kernels' functions return the other operand
             text = f"{_OF_TWO[kind]}({left.text}, {right.text})"
             return _Text(left.kind, text, left.exact and right.exact, dtype=_dtype_of([left, right]))
+        if kind not in _OF_ONE_REAL:
+            raise _Inexpressible
         return _Text("real", f"{_OF_ONE_REAL[kind]}({operands[0].real()})", False)
 
     def _operand(self, x: object, index: Index, dtype: torch.dtype, keeps: bool = False) -> _Text:
@@ -249,15 +259,13 @@ class _Writer:
         return _converted(self.read(source, index), tensor(source).dtype, tensor(node).dtype)
 
     def _table(self, node: Node, index: Index) -> _Text:
-        operand, step = None, (node, index)
-        while step is not None:
-            found = self.roles.group(*step, self.roles.q, self.roles.k, repeats=True)
-            if found is not None and len(found.groups[1]) in (0, len([1 for _, s in self.roles.heads if s != 1])):
-                operand = found
-            step = None if step[0].meta.get(NO_GRAD) else layout_step(self.algebra.space, *step)
         dtype = tensor(node).dtype
-        if operand is None or dtype == torch.float64 or dtype.is_complex:
+        if dtype == torch.float64 or dtype.is_complex:
             raise _Inexpressible
+        try:
+            operand = side_operand(self.algebra.space, node, index, self.roles)
+        except Rejected:
+            raise _Inexpressible from None
         if operand not in self.tables:
             self.tables.append(operand)
         name = f"t{self.tables.index(operand)}"
@@ -270,6 +278,11 @@ def _is_absolute(value: Choice) -> bool:
     if is_condition(value.no) or isinstance(value.no, Choice) or value.yes != -value.no:
         return False
     return value.condition in (sympy.Lt(value.no, 0), sympy.Le(value.no, 0))
+
+
+def _is_scalar(x: object) -> bool:
+    held = x.meta.get("val") if isinstance(x, Node) else None
+    return isinstance(held, torch.Tensor) and held.ndim == 0
 
 
 def _atoms(value: Value) -> list[sympy.Basic]:

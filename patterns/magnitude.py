@@ -77,7 +77,7 @@ def passes_gradient_on(node: Node) -> bool:
     while stack:
         current = stack.pop()
         value = current.meta.get("val")
-        if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+        if not isinstance(value, torch.Tensor) or not (value.is_floating_point() or value.is_complex()):
             continue
         if current.meta.get(REQUIRES_GRAD):
             return True

@@ -247,3 +247,20 @@ def _narrowed_to(user: Node, dtype: torch.dtype) -> bool:
     if packet(user) in LAYOUT_OPS:
         return bool(users_of(user)) and all(_narrowed_to(u, dtype) for u in users_of(user))
     return False
+
+
+def side_operand(space: Space, node: Node, index: Index, roles: Roles) -> Operand:
+    """A mask or bias as a tensor that broadcasts to [B, H, Sq, Sk]."""
+    found = None
+    step: tuple[Node, Index] | None = (node, index)
+    while step is not None:
+        operand = roles.group(*step, roles.q, roles.k, repeats=True)
+        if operand is not None and len(operand.groups[1]) in (0, len([1 for _, s in roles.heads if s != 1])):
+            if not any(isinstance(e, sympy.floor) for e in step[1]):
+                found = operand
+        step = None if step[0].meta.get(NO_GRAD) else layout_step(space, *step)
+    if found is None:
+        raise Rejected(
+            Reason.LAYOUT, f"the axes of '{node.name}', applied to the scores, are not those of an attention"
+        )
+    return found

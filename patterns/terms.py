@@ -9,11 +9,11 @@ from torch.fx import Node
 
 from .algebra import Algebra, leaves, to_number
 from .formulas import formula_of_condition, formula_of_value
-from .indices import Index, Space
+from .indices import Index
 from .layouts import NO_GRAD, layout_step, packet, tensor
 from .magnitude import magnitude, may_have_gradient
 from .masks import FULL, Axes, Mask, no_row_is_empty, prove
-from .operands import Roles, widens
+from .operands import Roles, side_operand, widens
 from .reasons import Reason
 from .scores import MASK_THRESHOLD, Added, Hidden, is_low, visible_where
 from .spec import Empty, Formula, Operand, Rejected, Term, TermKind
@@ -231,20 +231,3 @@ def empty_beside_sink(algebra: Algebra, raw: tuple[Added | Hidden, ...], empty: 
         if not all(value <= _BELOW_ANY_SINK for value in hides):
             raise Rejected(Reason.EMPTY_ROWS, "masked keys may still have weight beside a sink")
     return Empty.ZERO
-
-
-def side_operand(space: Space, node: Node, index: Index, roles: Roles) -> Operand:
-    """A mask or bias as a tensor that broadcasts to [B, H, Sq, Sk]."""
-    found = None
-    step: tuple[Node, Index] | None = (node, index)
-    while step is not None:
-        operand = roles.group(*step, roles.q, roles.k, repeats=True)
-        if operand is not None and len(operand.groups[1]) in (0, len([1 for _, s in roles.heads if s != 1])):
-            if not any(isinstance(e, sympy.floor) for e in step[1]):
-                found = operand
-        step = None if step[0].meta.get(NO_GRAD) else layout_step(space, *step)
-    if found is None:
-        raise Rejected(
-            Reason.LAYOUT, f"the axes of '{node.name}', applied to the scores, are not those of an attention"
-        )
-    return found

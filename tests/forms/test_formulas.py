@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fa3_inductor import config
+
 from .harness import assert_as_good_as_eager, fuse, run
 
 B, H, S, D = 2, 4, 48, 16
@@ -252,9 +254,149 @@ def many_tables(q, k, v, *documents):
     return by_sdpa(q, k, v, visible | (i == j))
 
 
+def products_of_positions(q, k, v):
+    i, j = positions(q)
+    return by_sdpa(q, k, v, (torch.minimum(i, j) * 1_000_000 <= 30_000_000) | (i == j))
+
+
+def wider_numbers(q, k, v, limit):
+    i, j = (x.int() for x in positions(q))
+    return by_sdpa(q, k, v, ((i - j) < limit) | (i == j))
+
+
+def not_numbers(q, k, v, x):
+    i, j = positions(q)
+    return by_sdpa(q, k, v, (torch.minimum(x[:, None, :, None], x[:, None, None, :]) < 0.5) | (i == j))
+
+
+def halves(q, k, v, x):
+    i, j = positions(q)
+    difference = x[:, None, :, None] - x[:, None, None, :]
+    return by_sdpa(q, k, v, (torch.div(difference, 2, rounding_mode="floor") == 0) | (i == j))
+
+
 def large_products(q, k, v):
     i, j = positions(q)
     return by_sdpa(q, k, v, ((i * j) % 5 != 1) | (i == j))
+
+
+def times_apart(q, k, v, times):
+    """The difference of large integers, which float32 cannot tell from each other."""
+    return attend(q, k, v, bias=torch.exp(-(times[:, None, :, None] - times[:, None, None, :]).float().abs()))
+
+
+def test_differences_of_integers_are_exact():
+    times = torch.randint(0, 5, (B, S)).sort().values + 1_700_000_000
+    same_as_eager(times_apart, [*qkv(), times], bias="exp(-abs(real(t0 - t1)))")
+
+
+@pytest.mark.parametrize("fn", [
+    lambda q, k, v, w: attend(q, k, v, visible=(positions(q)[0] - positions(q)[1]).abs()
+                              <= w[:, None].expand(2, 2).reshape(4)[:, None, None]),
+    lambda q, k, v, w: attend(q, k, v, visible=(positions(q)[0] - positions(q)[1]).abs()
+                              <= w.repeat_interleave(2, dim=0)[:, None, None]),
+])  # fmt: skip
+def test_a_table_of_groups_of_heads(fn):
+    args = [*qkv(), torch.tensor([3, 20])]
+    compiled, report = fuse(fn, target="reference")
+    torch.testing.assert_close(compiled(*args), fn(*args))
+    assert report.sites[0].status == "fused"
+
+
+def numbers_of_several_dtypes(q, k, v, document):
+    n = torch.tensor(100)
+
+    def visible(b, i, j):
+        return (document[b, i] * n <= document[b, j] * n) & (j <= i)
+
+    for dims in ((None, None, 0), (None, 0, None), (0, None, None)):
+        visible = torch.vmap(visible, in_dims=dims)
+    return by_sdpa(q, k, v, visible(*(torch.arange(size) for size in (B, S, S)))[:, None])
+
+
+def random_numbers(q, k, v):
+    def visible(i, j):
+        return (j <= i) & ((torch.rand(()) > 0.4) | (i == j))
+
+    visible = torch.vmap(visible, in_dims=(None, 0), randomness="different")
+    visible = torch.vmap(visible, in_dims=(0, None), randomness="different")
+    return by_sdpa(q, k, v, visible(torch.arange(S), torch.arange(S)))
+
+
+@pytest.mark.parametrize("fn, args", [
+    (numbers_of_several_dtypes, lambda: [torch.randint(0, 9, (B, S), dtype=torch.uint8)]),
+    (random_numbers, lambda: []),
+])  # fmt: skip
+def test_vmapped_functions_that_are_left_alone(fn, args):
+    args = [*qkv(), *args()]
+    compiled, _ = fuse(fn, target="reference")
+    torch.manual_seed(0)
+    ours = compiled(*args)
+    torch.manual_seed(0)
+    torch.testing.assert_close(ours, fn(*args)) if fn is not random_numbers else ours.sum().item()
+
+
+class Annealed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("slopes", torch.rand(H))
+
+    def forward(self, q, k, v):
+        i, j = positions(q)
+        return attend(q, k, v, bias=self.slopes[:, None, None] * (j - i), visible=j <= i)
+
+
+def test_a_buffer_that_is_written_to_each_time_has_no_bounds():
+    model = Annealed()
+    compiled, report = fuse(model, target="reference")
+    for _ in range(5):
+        args = qkv()
+        torch.testing.assert_close(compiled(*args), model(*args))
+        model.slopes.mul_(0.9)
+    assert len(report.graphs) == 2
+
+
+def test_a_table_that_is_written_to_is_read_before():
+    def fn(q, k, v, document):
+        visible = document[:, None, :, None] == document[:, None, None, :]
+        document.zero_()
+        return by_sdpa(q, k, v, visible)
+
+    args = [*qkv(), documents()]
+    compiled, report = fuse(fn, target="reference")
+    torch.testing.assert_close(compiled(*args[:3], args[3].clone()), fn(*args[:3], args[3].clone()))
+    assert report.sites[0].status == "fused" and not report.sites[0].detail
+
+
+@pytest.mark.parametrize("bias", ["integers", "two bytes"])
+def test_biases_of_other_dtypes(bias):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("numbers", torch.arange(H).to(torch.uint16))
+
+        def forward(self, q, k, v, whole):
+            i, j = positions(q)
+            return attend(q, k, v, bias=whole if bias == "integers" else self.numbers.float()[:, None, None] * (j - i))
+
+    args, model = [*qkv(), torch.randint(-5, 5, (S, S))], Model()
+    compiled, report = fuse(model, target="reference")
+    torch.testing.assert_close(compiled(*args), model(*args))
+    assert report.sites[0].status == "fused"
+
+
+def test_a_complex_parameter_keeps_its_gradient():
+    z = torch.randn(H, dtype=torch.complex64, requires_grad=True)
+
+    def fn(q, k, v, z):
+        i, j = positions(q)
+        return attend(q, k, v, bias=torch.view_as_real(z)[:, 0][:, None, None] * (j - i))
+
+    args = [*qkv(), z]
+    with config.patch(empty_rows="relaxed"):
+        compiled, report = fuse(fn, target="reference")
+        ours, theirs = (torch.autograd.grad(f(*args).sum(), z)[0] for f in (compiled, fn))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("fn, args", [
@@ -265,6 +407,10 @@ def large_products(q, k, v):
     (signs, lambda: [documents(torch.uint8)]),
     (many_tables, lambda: [documents(), documents(), documents()]),
     (large_products, lambda: []),
+    (products_of_positions, lambda: []),
+    (wider_numbers, lambda: [torch.tensor(2**63 - 1)]),
+    (not_numbers, lambda: [torch.where(torch.rand(B, S) > 0.2, torch.rand(B, S), math.nan)]),
+    (halves, lambda: [torch.randint(0, 9, (B, S))]),
 ])  # fmt: skip
 def test_what_is_no_formula_is_read(fn, args):
     same_as_eager(fn, [*qkv(), *args()])
