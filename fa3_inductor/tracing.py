@@ -156,7 +156,7 @@ def _install_unchanged(
         held = tensor()
         return held is not None and held._version == version and held.data_ptr() == address
 
-    text = f"the buffer {guard.name} is unchanged since its mask was proved (version {version})"
+    text = f"the buffer {guard.name} is unchanged since what it holds was relied on (version {version})"
     builder.get_guard_manager(guard).add_lambda_guard(is_the_same, [text], guard.user_stack)
     # At the root, which is always asked: Dynamo holds tensors for immutable, and skips what guards a module's while its
     # dicts stay as they are (use_recursive_dict_tags_for_guards, the default in torch 2.11).
