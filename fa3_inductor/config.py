@@ -32,7 +32,7 @@ fp8: str = Config(default="graph", env_name_default="FA3_INDUCTOR_FP8")
 
 # Sum up the gradient of q in one order on the Hopper kernels, so that training repeats bit by bit.
 # torch.use_deterministic_algorithms asks for it too.
-deterministic: bool = Config(default=False, env_name_default="FA3_INDUCTOR_DETERMINISTIC")
+deterministic_backward: bool = Config(default=False, env_name_default="FA3_INDUCTOR_DETERMINISTIC_BACKWARD")
 
 # What "quantize" multiplies q and k with before it rounds them is made of random signs; this is their seed. None leaves
 # the multiplication out.
@@ -46,7 +46,7 @@ def _install() -> None:
     # FA3_INDUCTOR= (set but empty) means unset, as for most programs.
     allowed = {
         "enabled": (True, False, ""),
-        "deterministic": (True, False, ""),
+        "deterministic_backward": (True, False, ""),
         "target": ("auto", "hopper", "sdpa", "reference"),
         "empty_rows": ("exact", "relaxed"),
         "fp8": ("graph", "quantize", "off"),

@@ -368,7 +368,8 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, t
             options = (config.fp8_incoherent_seed, spec.softcap, sinks)
             pair = emit.call(torch.ops.fa3.attention_quantised.default, q, k, v, *shaping, *options, *formulas)
         else:
-            in_order = emit.trains and (config.deterministic or torch.are_deterministic_algorithms_enabled())
+            asked = config.deterministic_backward or torch.are_deterministic_algorithms_enabled()
+            in_order = emit.trains and asked
             options = (spec.softcap, sinks, seed, spec.dropout_p, in_order, *formulas)
             pair = emit.call(torch.ops.fa3.attention.default, q, k, v, *shaping, *options)
         out = emit.call(operator.getitem, pair, 0)

@@ -55,7 +55,7 @@ def test_deterministic_algorithms(way):
     compiled, report = fuse(fn, graphs=graphs)
     torch.use_deterministic_algorithms(way == "torch")
     try:
-        with config.patch(deterministic=way == "config"):
+        with config.patch(deterministic_backward=way == "config"):
             run(compiled, args, torch.bfloat16)
     finally:
         torch.use_deterministic_algorithms(False)
