@@ -163,9 +163,10 @@ class _Recorder(torch.fx.Interpreter):
         vmapped = self._in_vmap(n)
         result = super().run_node(n) if vmapped is None else vmapped()
         tracer = tracing.current_tracer()
-        if n.op != "output" and n not in self._mapped and not self._open:
+        if n.op != "output":
             value = _traced(result, tracer)
-            if value is not None:
+            # (What is made inside of a vmap must not be read outside of it: at run time it is of its kind.)
+            if value is not None and n not in self._mapped and not self._open:
                 self.history[n] = [(self._step, value)]
                 self._by_storage.setdefault(_storage(n), []).append(n)
             if may_write(n):
@@ -192,7 +193,7 @@ class _Recorder(torch.fx.Interpreter):
     def _add_batch_dim(self, n: Node, x: torch.Tensor, dim: int, level: int) -> torch.Tensor:
         own = self._mapped.get(n.args[0], x.ndim) - 1
         if own:
-            raise NotImplementedError("a vmapped function of more than numbers")
+            raise CaptureError("a vmapped function of more than numbers")
         self._mapped[n] = own
         return x.movedim(dim % x.ndim, 0).reshape(-1, *[1] * (level - 1))
 
@@ -204,31 +205,29 @@ class _Recorder(torch.fx.Interpreter):
             self._mapped[n] = own + 1
         return x
 
-    def _mapped_inputs(self, n: Node) -> list[Node]:
-        return [x for x in n.all_input_nodes if x in self._mapped]
-
     def _elementwise(self, n: Node, name: str) -> torch.Tensor:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if any(self._mapped.get(x) for x in n.all_input_nodes):
-            raise NotImplementedError(f"'{n.name}' in a vmapped function has axes of its own")
+            raise CaptureError(f"'{n.name}' in a vmapped function has axes of its own")
         if name in _INDEXING:
             source, index = args[0], args[1] if isinstance(args[1], (tuple, list)) else (args[1],)
             if n.args[0] in self._mapped or len(index) != source.ndim:
-                raise NotImplementedError(f"'{n.name}' in a vmapped function is more than one number")
+                raise CaptureError(f"'{n.name}' in a vmapped function is more than one number")
             inputs = [x for x in index if isinstance(x, torch.Tensor)]
         else:
             inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             # (Of two with and without axes, torch takes the dtype of the first; of two without, it may take another.)
-            if name != "where" and len({x.dtype for x in inputs}) > 1 and len(inputs) > len(self._mapped_inputs(n)):
-                raise NotImplementedError(f"'{n.name}' in a vmapped function is of several dtypes")
+            dtypes = {x.dtype for x in inputs if name != "where" or x.dtype != torch.bool}
+            if len(dtypes) > 1 and len(inputs) > sum(x in self._mapped for x in n.all_input_nodes):
+                raise CaptureError(f"'{n.name}' in a vmapped function is of several dtypes")
         sources = n.args[:1] if name in _INDEXING else ()
         unmapped = [self.env[x] for x in n.all_input_nodes if x not in self._mapped and x not in sources]
         if name not in _ELEMENTWISE | _INDEXING or any(isinstance(x, torch.Tensor) and x.ndim for x in unmapped):
-            raise NotImplementedError(f"'{n.name}' ({name}) in a vmapped function")
+            raise CaptureError(f"'{n.name}' ({name}) in a vmapped function")
         self._mapped[n] = 0
         result = getattr(self, n.op)(n.target, args, kwargs)
         if result.shape != torch.broadcast_shapes(*(x.shape for x in inputs)):
-            raise NotImplementedError(f"'{n.name}' ({name}) in a vmapped function does not work element by element")
+            raise CaptureError(f"'{n.name}' ({name}) in a vmapped function does not work element by element")
         return result
 
     def call_method(self, target: str, args: tuple, kwargs: dict) -> Any:
@@ -355,7 +354,8 @@ def capture(gm: GraphModule) -> Capture:
         at = recorder.current
         where = f" at '{at.name}' ({at.target})" if at is not None else ""
         message = str(error).strip().partition("\n")[0]
-        raise CaptureError(f"{type(error).__name__}{where}: {message}") from error
+        what = "refused" if isinstance(error, CaptureError) else type(error).__name__
+        raise CaptureError(f"{what}{where}: {message}") from error
     modes = grad_modes(gm)
     for node in view.graph.nodes:
         if node in recorder.origins:

@@ -77,9 +77,9 @@ class Scores:
 
     With a ``softcap``, ``softcap * tanh(scale * product / softcap)`` takes the place of ``scale * product``.
     ``shifted`` says that what a softmax does not see was added (a number, a row's maximum), which a soft cap or a sink
-    that comes after it would. ``sink`` is one more
-    column that was joined to the scores, and ``along`` the index expressions that have to be the keys': where it was
-    joined, and where a row's maximum was taken. ``factors`` are tensors that scale the product as well.
+    that comes after it would. ``sink`` is one more column that was joined to the scores, and ``along`` the index
+    expressions that have to be the keys': where it was joined, and where a row's maximum was taken. ``factors`` are
+    tensors that scale the product as well.
     """
 
     product: Product

@@ -332,8 +332,10 @@ def test_vmapped_functions_that_are_left_alone(fn, args):
     compiled, _ = fuse(fn, target="reference")
     torch.manual_seed(0)
     ours = compiled(*args)
-    torch.manual_seed(0)
-    torch.testing.assert_close(ours, fn(*args)) if fn is not random_numbers else ours.sum().item()
+    if fn is random_numbers:  # other ones than in eager, but the first query sees the first key alone
+        torch.testing.assert_close(ours[:, :, 0], args[2][:, :, 0])
+        return
+    torch.testing.assert_close(ours, fn(*args))
 
 
 class Annealed(nn.Module):
@@ -361,6 +363,23 @@ def test_a_table_that_is_written_to_is_read_before():
         visible = document[:, None, :, None] == document[:, None, None, :]
         document.zero_()
         return by_sdpa(q, k, v, visible)
+
+    args = [*qkv(), documents()]
+    compiled, report = fuse(fn, target="reference")
+    torch.testing.assert_close(compiled(*args[:3], args[3].clone()), fn(*args[:3], args[3].clone()))
+    assert report.sites[0].status == "fused" and not report.sites[0].detail
+
+
+def test_a_table_that_a_vmapped_function_writes_to_is_read_before():
+    def fn(q, k, v, document):
+        visible = document[:, None, :, None] == document[:, None, None, :]
+
+        def later(i):
+            document.zero_()
+            return i + 1
+
+        seen = torch.vmap(later)(torch.arange(3))
+        return by_sdpa(q, k, v, visible) * seen.sum()
 
     args = [*qkv(), documents()]
     compiled, report = fuse(fn, target="reference")
