@@ -83,6 +83,7 @@ def flex_attention() -> Callable:
     """FlexAttention compiled for static shapes, as `call(q, k, v, causal)`."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    torch._dynamo.config.recompile_limit = 64  # once for each point of the grid
     compiled = torch.compile(flex_attention, dynamic=False)
     causal_mask = functools.cache(
         lambda seqlen: create_block_mask(lambda b, h, q, k: q >= k, None, None, seqlen, seqlen, device="cuda")
