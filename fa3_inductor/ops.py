@@ -6,8 +6,8 @@ sinks; those in FP8 not at all), and have fakes for every shape, symbolic ones i
 runs the Gluon kernels on CUDA tensors, "reference" the plain PyTorch specification; CPU tensors always take the
 reference. With a `seed`, int64 [1], weights are dropped with probability `dropout_p`, by the rule of
 `fa3_inductor.kernels.dropout`; with `deterministic`, gradients are summed up in one order.
-`fa3_inductor.kernels.reference` says what the other arguments mean; `bias_formula`, `mask_formula` and the tables
-`t0` to `t3` are `fa3_inductor.kernels.formulas.Formulas`.
+`fa3_inductor.kernels.reference` says what the other arguments mean; `bias_formula`, `mask_formula`, `score_formula` and
+the tables `t0` to `t3` are `fa3_inductor.kernels.formulas.Formulas`.
 """
 
 import torch
@@ -28,7 +28,7 @@ _SOFTCAP = "float? softcap=None"
 _DETERMINISTIC = "bool deterministic=False"
 MAX_TABLES = 4  # of the formulas of one attention
 _TABLES = ", ".join(f"Tensor? t{n}=None" for n in range(MAX_TABLES))
-_FORMULAS = f'str bias_formula="", str mask_formula="", {_TABLES}'
+_FORMULAS = f'str bias_formula="", str mask_formula="", str score_formula="", {_TABLES}'
 # Fixed order, not exact strides: the kernels read any strides, and only the order decides how outputs lie
 # (`output_like`). So views into a packed projection come through without a copy.
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -65,7 +65,7 @@ torch.library.define(
 @torch.library.impl("fa3::attention", "default")
 def _attention(
     q, k, v, bias, mask, scale, window_left, window_right, target, softcap=None, sinks=None, seed=None, dropout_p=0.0,
-    deterministic=False, bias_formula="", mask_formula="", *tables,
+    deterministic=False, *formulas,
 ):  # fmt: skip
     if target == "hopper" and q.is_cuda:
         from fa3_inductor.kernels.forward import attention_forward
@@ -73,12 +73,12 @@ def _attention(
         return attention_forward(
             q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap,
             sinks=None if sinks is None else sinks.contiguous(), seed=seed, dropout_p=dropout_p,
-            formulas=_formulas(bias_formula, mask_formula, tables),
+            formulas=_formulas(*formulas),
         )  # fmt: skip
     _check(q, k, v, bias, mask, target)
     out, lse = attention_reference(
         q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap,
-        sinks=sinks, formulas=_checked(q, k, bias_formula, mask_formula, tables), **_dropout(q, k, seed, dropout_p),
+        sinks=sinks, formulas=_checked(q, k, formulas), **_dropout(q, k, seed, dropout_p),
     )  # fmt: skip
     return output_like(q, v.shape[-1]).copy_(out), lse
 
@@ -86,7 +86,7 @@ def _attention(
 @torch.library.register_fake("fa3::attention")
 def _attention_fake(
     q, k, v, bias, mask, scale, window_left, window_right, target, softcap=None, sinks=None, seed=None, dropout_p=0.0,
-    deterministic=False, bias_formula="", mask_formula="", *tables,
+    deterministic=False, *formulas,
 ):  # fmt: skip
     _check(q, k, v, bias, mask, target)
     if seed is not None and (seed.dtype, seed.shape) != (torch.int64, (1,)):
@@ -99,7 +99,7 @@ def _attention_fake(
 @torch.library.impl("fa3::attention_backward", "default")
 def _backward(
     dout, q, k, v, bias, mask, out, lse, scale, window_left, window_right, target, bias_grad, softcap=None, seed=None,
-    dropout_p=0.0, deterministic=False, bias_formula="", mask_formula="", *tables,
+    dropout_p=0.0, deterministic=False, *formulas,
 ):  # fmt: skip
     _check(q, k, v, bias, mask, target)
     if target == "hopper" and q.is_cuda:
@@ -108,13 +108,13 @@ def _backward(
         grads = attention_backward(
             dout, q, k, v, bias, mask, out, lse, scale=scale, window_left=window_left, window_right=window_right,
             softcap=softcap, bias_grad=bias_grad, seed=seed, dropout_p=dropout_p,
-            formulas=_formulas(bias_formula, mask_formula, tables), deterministic=deterministic,
+            formulas=_formulas(*formulas), deterministic=deterministic,
         )  # fmt: skip
         return grads if bias_grad else (*grads[:3], q.new_empty((0,)))
     grads = *_grads(q, k, v), _dbias(q, bias, bias_grad)
     reference = attention_backward_reference(
         dout, q, k, v, bias, mask, out, lse, scale=scale, window_left=window_left, window_right=window_right,
-        softcap=softcap, formulas=_checked(q, k, bias_formula, mask_formula, tables), **_dropout(q, k, seed, dropout_p),
+        softcap=softcap, formulas=_checked(q, k, formulas), **_dropout(q, k, seed, dropout_p),
     )  # fmt: skip
     for grad, value in zip(grads if bias_grad else grads[:3], reference):
         grad.copy_(value)
@@ -124,7 +124,7 @@ def _backward(
 @torch.library.register_fake("fa3::attention_backward")
 def _backward_fake(
     dout, q, k, v, bias, mask, out, lse, scale, window_left, window_right, target, bias_grad, softcap=None, seed=None,
-    dropout_p=0.0, deterministic=False, bias_formula="", mask_formula="", *tables,
+    dropout_p=0.0, deterministic=False, *formulas,
 ):  # fmt: skip
     _check(q, k, v, bias, mask, target)
     return *_grads(q, k, v), _dbias(q, bias, bias_grad)
@@ -133,11 +133,11 @@ def _backward_fake(
 @torch.library.impl("fa3::attention_fp8", "default")
 def _attention_fp8(
     q, k, v, q_scale, k_scale, v_scale, bias, mask, scale, window_left, window_right, target, out_dtype, softcap=None,
-    sinks=None, bias_formula="", mask_formula="", *tables,
+    sinks=None, *formulas,
 ):  # fmt: skip
     options = dict(
         scale=scale, window_left=window_left, window_right=window_right, softcap=softcap, out_dtype=out_dtype,
-        sinks=None if sinks is None else sinks.contiguous(), formulas=_formulas(bias_formula, mask_formula, tables),
+        sinks=None if sinks is None else sinks.contiguous(), formulas=_formulas(*formulas),
     )  # fmt: skip
     if target == "hopper" and q.is_cuda:
         from fa3_inductor.kernels.fp8 import attention_fp8
@@ -151,7 +151,7 @@ def _attention_fp8(
 @torch.library.register_fake("fa3::attention_fp8")
 def _attention_fp8_fake(
     q, k, v, q_scale, k_scale, v_scale, bias, mask, scale, window_left, window_right, target, out_dtype, softcap=None,
-    sinks=None, bias_formula="", mask_formula="", *tables,
+    sinks=None, *formulas,
 ):  # fmt: skip
     _check(q, k, v, bias, mask, target)
     if q.dtype != torch.float8_e4m3fn:
@@ -167,13 +167,13 @@ def _attention_fp8_fake(
 @torch.library.impl("fa3::attention_quantised", "default")
 def _attention_quantised(
     q, k, v, bias, mask, scale, window_left, window_right, target, incoherent_seed, softcap=None, sinks=None,
-    bias_formula="", mask_formula="", *tables,
+    *formulas,
 ):  # fmt: skip
     from fa3_inductor.kernels import fp8
 
     options = dict(
         scale=scale, window_left=window_left, window_right=window_right, softcap=softcap,
-        sinks=None if sinks is None else sinks.contiguous(), formulas=_formulas(bias_formula, mask_formula, tables),
+        sinks=None if sinks is None else sinks.contiguous(), formulas=_formulas(*formulas),
     )  # fmt: skip
     if target == "hopper" and q.is_cuda:
         return fp8.attention_quantised(q, k, v, bias, mask, seed=incoherent_seed, **options)
@@ -188,7 +188,7 @@ def _attention_quantised(
 @torch.library.register_fake("fa3::attention_quantised")
 def _attention_quantised_fake(
     q, k, v, bias, mask, scale, window_left, window_right, target, incoherent_seed, softcap=None, sinks=None,
-    bias_formula="", mask_formula="", *tables,
+    *formulas,
 ):  # fmt: skip
     _check(q, k, v, bias, mask, target)
     return output_like(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -200,7 +200,8 @@ def _no_gradient_of_fp8(ctx, *grads):
 
 def _setup_context(ctx, inputs, output):
     q, k, v, bias, mask, ctx.scale, ctx.window_left, ctx.window_right, ctx.target, ctx.softcap, sinks, *others = inputs
-    seed, ctx.dropout_p, ctx.deterministic, ctx.bias_formula, ctx.mask_formula, *tables = others
+    seed, ctx.dropout_p, ctx.deterministic, *formulas = others
+    ctx.formulas, tables = formulas[:3], formulas[3:]
     if any(table is not None and table.requires_grad for table in tables):
         raise NotImplementedError("fa3::attention: the tables of formulas have no gradient")
     out, lse = output
@@ -214,14 +215,14 @@ def _attention_vjp(ctx, dout, _dlse):
     q, k, v, bias, mask, out, lse, sinks, seed, *tables = ctx.saved_tensors
     dq, dk, dv, dbias = torch.ops.fa3.attention_backward(
         dout, q, k, v, bias, mask, out, lse, ctx.scale, ctx.window_left, ctx.window_right, ctx.target, ctx.bias_grad,
-        ctx.softcap, seed, ctx.dropout_p, ctx.deterministic, ctx.bias_formula, ctx.mask_formula, *tables,
+        ctx.softcap, seed, ctx.dropout_p, ctx.deterministic, *ctx.formulas, *tables,
     )  # fmt: skip
     dsinks = None
     if ctx.sinks_grad:  # a sink's weight times what it adds to the output, nothing, less what the row adds up to
         weights = torch.exp(sinks.to(lse.dtype).view(1, -1, 1) - lse)
         delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         dsinks = -(weights * delta).sum((0, 2)).to(sinks.dtype)
-    return dq, dk, dv, dbias if ctx.bias_grad else None, *[None] * 6, dsinks, *[None] * (5 + len(tables))
+    return dq, dk, dv, dbias if ctx.bias_grad else None, *[None] * 6, dsinks, *[None] * (6 + len(tables))
 
 
 def _no_double_backward(ctx, *grads):
@@ -254,14 +255,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | 
         raise ValueError(f"fa3::attention: mask is bool, not {mask.dtype}")
 
 
-def _formulas(bias: str, mask: str, tables: tuple[Tensor | None, ...]) -> Formulas:
-    return Formulas(bias, mask, tuple(x for x in tables if x is not None)) if bias or mask else NO_FORMULAS
+def _formulas(bias: str = "", mask: str = "", score: str = "", *tables: Tensor | None) -> Formulas:
+    """Those of an operator's last arguments."""
+    if not (bias or mask or score):
+        return NO_FORMULAS
+    return Formulas(bias, mask, tuple(x for x in tables if x is not None), score)
 
 
-def _checked(q: Tensor, k: Tensor, bias: str, mask: str, tables: tuple[Tensor | None, ...]) -> Formulas:
-    formulas = _formulas(bias, mask, tables)
-    check_formulas(formulas, (*q.shape[:3], k.shape[2]))
-    return formulas
+def _checked(q: Tensor, k: Tensor, formulas: tuple) -> Formulas:
+    checked = _formulas(*formulas)
+    check_formulas(checked, (*q.shape[:3], k.shape[2]))
+    return checked
 
 
 def _dropout(q: Tensor, k: Tensor, seed: Tensor | None, dropout_p: float) -> dict:

@@ -6,7 +6,7 @@ import importlib.util
 import sympy
 import torch
 
-from .patterns.magnitude import may_have_gradient
+from .patterns.magnitude import may_have_gradient, passes_gradient_on
 from .patterns.reasons import Reason
 from .patterns.spec import AttentionSpec, Empty, Rejected, TermKind
 
@@ -22,7 +22,7 @@ class Plan:
     empty: Empty
     why: str = ""
     fp8: str = ""  # "graph": its operands are 8-bit tensors of the graph; "quantize": they are rounded; "": neither
-    computed: str = ""  # biases and masks that are not read from tensors, for a person; known when it is in place
+    computed: str = ""  # what formulas there are, for a person; known when it is in place
 
 
 def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: bool, fp8: str = "graph") -> Plan:
@@ -39,6 +39,11 @@ def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: 
     empty = spec.empty
     if relaxed_empty_rows and empty is not Empty.IMPOSSIBLE:
         empty = Empty.ZERO
+    if trains and empty is Empty.MEAN_SCORES and not (spec.softcap is None and spec.score is None):
+        what = "a soft cap or another function of the scores in the gradient of a query with every key masked"
+        raise Rejected(Reason.EMPTY_ROWS, f"{what}; config.empty_rows = 'relaxed' accepts zeros there")
+    if spec.score is not None:
+        _check_score(spec, empty, trains)
     in_8_bits = not_8_bits = ""
     if requested == "reference" or (requested != "sdpa" and _not_hopper(tensors["q"].device) is None):
         in_8_bits, not_8_bits = _fp8(spec, tensors, empty, fp8, trains)
@@ -54,6 +59,8 @@ def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: 
         if why is None:
             return Plan("hopper", _kernel_name(spec, tensors["q"].dtype, in_8_bits), empty, not_8_bits, in_8_bits)
         why = "; ".join(filter(None, (why, not_8_bits)))
+    if spec.score is not None:
+        raise Rejected(spec.no_score.reason, f"{spec.no_score.detail}; no kernel, which would compute it: {why}")
     for what, there in (("a soft cap", spec.softcap), ("sinks", spec.sinks)):
         if there is not None:
             raise Rejected(
@@ -106,6 +113,7 @@ def _fp8(
 def _check(spec: AttentionSpec, tensors: dict[str, torch.Tensor]) -> None:
     devices = {x.device for x in tensors.values()}
     beside = [t.operand for t in spec.terms] + [factor for factor, _ in spec.q_factors]
+    beside += () if spec.score is None else spec.score.tables
     devices |= {x.node.meta["val"].device for x in beside if x.node.meta["val"].ndim}
     if len(devices) > 1:
         raise Rejected(Reason.DEVICE, ", ".join(sorted(map(str, devices))))
@@ -131,6 +139,21 @@ def _check_factors(spec: AttentionSpec, dtype: torch.dtype, trains: bool) -> Non
                 f"{scales} and may have a gradient, which is a sum over all of them: from 16-bit gradients of the "
                 "queries it would be less exact than as written",
             )
+
+
+def _check_score(spec: AttentionSpec, empty: Empty, trains: bool) -> None:
+    """Whether a function of the scores can be computed with all that is beside it."""
+    biases = [t.operand.node for t in spec.terms if t.kind is TermKind.BIAS and t.window is None]
+    learned = [x.node.name for x in spec.score.tables if passes_gradient_on(x.node)]
+    if trains and learned:
+        what = f"'{learned[0]}', which it is made of, has a gradient"
+    elif trains and any(map(may_have_gradient, biases)):
+        what = "a bias beside it has a gradient"
+    elif empty is Empty.AS_WRITTEN:  # where a mask swallows the scores, queries are zeroed, which a function may not be
+        what = "masks of several kinds may hide all of a row beside it"
+    else:
+        return
+    raise Rejected(spec.no_score.reason, f"{spec.no_score.detail}; no kernel, which would compute it: {what}")
 
 
 def _not_on_hopper(spec: AttentionSpec, tensors: dict[str, torch.Tensor], trains: bool, in_8_bits: str) -> str | None:
@@ -195,6 +218,7 @@ def _kernel_name(spec: AttentionSpec, dtype: torch.dtype, in_8_bits: str) -> str
     words += (
         ["dropout"] * (spec.dropout_p > 0)
         + ["softcap"] * (spec.softcap is not None)
+        + ["function"] * (spec.score is not None)
         + ["sinks"] * (spec.sinks is not None)
     )
     words += sorted({"bias" if t.kind is TermKind.BIAS else "mask" for t in spec.terms if t.window is None})

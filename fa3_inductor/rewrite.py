@@ -143,8 +143,10 @@ def _splice(found: Found, splicer: Splicer, fp8: str) -> Plan:
             raise
         chosen = _splice(found, splicer, "off")
         return dataclasses.replace(chosen, why=f"not on the FP8 kernel: {rejection.detail}")
-    computed = ", ".join(f"{what} {text}" for what, text in zip(("bias", "mask"), formulas) if text)
-    return dataclasses.replace(chosen, computed=computed)
+    bias, mask, score = formulas
+    read = ", ".join(f"{what} {text}" for what, text in (("bias", bias), ("mask", mask)) if text)
+    parts = (f"computed, not read: {read}" if read else "", f"scores become {score}" if score else "")
+    return dataclasses.replace(chosen, computed="; ".join(filter(None, parts)))
 
 
 def _site(found: Found, captured: Capture) -> Site:
@@ -164,7 +166,7 @@ def _describe(site: Site, found: Found, chosen: Plan) -> None:
     spec = found.spec
     site.status, site.target, site.kernel, site.detail = "fused", chosen.target, chosen.kernel, chosen.why
     if chosen.computed:
-        site.detail = "; ".join(filter(None, (chosen.why, f"computed, not read: {chosen.computed}")))
+        site.detail = "; ".join(filter(None, (chosen.why, chosen.computed)))
     if chosen.fp8:
         site.dtype = "float8_e4m3fn"
     site.flops, site.score_bytes = cost(spec, tensor(spec.result).dtype.itemsize)

@@ -42,8 +42,8 @@ class Splicer:
         wants_gradient = any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
         self.trains = wants_gradient and any(captured.grad_modes.values())
 
-    def splice(self, spec: AttentionSpec, plan: Plan, interior: tuple[Node, ...]) -> tuple[str, str]:
-        """Compute ``spec`` by ``plan`` where its result was computed. Returns the formulas of its bias and mask, or "".
+    def splice(self, spec: AttentionSpec, plan: Plan, interior: tuple[Node, ...]) -> tuple[str, str, str]:
+        """Compute ``spec`` by ``plan`` where its result was computed. Returns the formulas of its bias, mask and score.
 
         Raises:
             Rejected: the attention cannot be taken out of the user's graph; the graph is as it was.
@@ -52,7 +52,7 @@ class Splicer:
         if place is None:
             raise Rejected(Reason.OPAQUE, f"'{spec.result.name}' comes from no operation of the graph")
         if spec.is_sdpa and plan.target == "sdpa" and not _simplifies(spec):
-            return "", ""
+            return "", "", ""
         if place.kwargs.get("out") is not None:
             raise Rejected(Reason.OPAQUE, f"'{place.name}' writes its result into a tensor of the user's (out=)")
         values = dict(self._rebuilt.get(place, {}))
@@ -294,8 +294,8 @@ def is_one(size: Any) -> bool:
 # --------------------------------------------------------------------------------------------- the attention
 
 
-def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, tuple[str, str]]:
-    """The attention's result as [B, Hq, Sq, Dv], and the formulas of its bias and mask."""
+def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, tuple[str, str, str]]:
+    """The attention's result as [B, Hq, Sq, Dv], and the formulas of its bias, mask and score, "" for none."""
     if plan.empty is Empty.AS_WRITTEN and emit.trains:
         # Such a row has a gradient in q and k that only the whole matrix of weights gives.
         raise Rejected(
@@ -316,7 +316,7 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, t
     # Where a row is empty, what a bias makes of it depends on every term of the user's sum.
     whole = biased and not exact
     by_window = all(t.window is not None for t in spec.terms)
-    bias_formula = mask_formula = ""
+    texts = ("", "", "")
     if plan.target == "sdpa":
         by_window = by_window and _is_plain(spec.mask)
         shaped = _Shaped(q, None, None, None) if by_window else _shape_scores(emit, spec, plan, q, spec.terms, whole)
@@ -339,10 +339,8 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, t
         )
     else:
         as_tensors = spec.terms if whole else tuple(t for t in spec.terms if t.window is None)
-        formulas: tuple[Any, ...] = ()
-        if not whole:
-            as_tensors, formulas = _formulas(emit, as_tensors, fake_value(q).device)
-            bias_formula, mask_formula = formulas[:2] or ("", "")
+        as_tensors, formulas = _formulas(emit, spec.score, as_tensors, fake_value(q).device, whole)
+        texts = formulas[:3] or texts
         q, bias, mask, row_seen = _shape_scores(emit, spec, plan, q, as_tensors, whole)
         left = right = None
         if not whole:
@@ -377,16 +375,29 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, t
             lse = emit.call("unsqueeze", emit.call(operator.getitem, pair, 1), -1)
             row_seen = emit.call(operator.ne, lse, -math.inf)  # NaN has seen something
     if row_seen is None or plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO):
-        return out, (bias_formula, mask_formula)
-    out = _with_empty_rows(emit, spec, plan, out, (q, k, v), row_seen, scale)
-    return out, (bias_formula, mask_formula)
+        return out, texts
+    return _with_empty_rows(emit, spec, plan, out, (q, k, v), row_seen, scale), texts
 
 
 def _formulas(
-    emit: _Emitter, terms: tuple[Term, ...], device: torch.device
+    emit: _Emitter, score: Formula | None, terms: tuple[Term, ...], device: torch.device, as_tensors: bool
 ) -> tuple[tuple[Term, ...], tuple[Any, ...]]:
-    """The terms that have to be tensors, and what the others are as arguments of the operators: formulas and tables."""
+    """The terms that have to be tensors (all of them if ``as_tensors``), and the operators' last arguments.
+
+    Those are what the other terms are, and what becomes of a score: formulas and tables.
+    """
     tables: dict[Operand, Node] = {}
+    score_text = ""
+    if score is not None:
+        tables = _tables(emit, score, device)
+        if tables is None or len(tables) > ops.MAX_TABLES:
+            what = (
+                f"one with {len(score.tables)} tensors in it" if tables else "with tensors that are not there any more"
+            )
+            raise Rejected(Reason.SCORE_OP, f"a function of the scores, {what}")
+        score_text = _renumbered(score.text, [list(tables).index(table) for table in score.tables])
+    if as_tensors:
+        return terms, ("", "", score_text, *tables.values()) if score_text else ()
     texts: dict[bool, list[str]] = {True: [], False: []}  # of biases, and of masks
     rest = []
     for term in sorted(terms, key=lambda t: t.kind is not TermKind.BIAS):  # their tables come first
@@ -399,11 +410,11 @@ def _formulas(
         tables |= {table: node for table, node in more.items() if table not in tables}
         order = list(tables)
         texts[is_bias].append(_renumbered(formula.text, [order.index(table) for table in formula.tables]))
-    if not any(texts.values()):
+    if not any(texts.values()) and not score_text:
         return terms, ()
     bias = " + ".join(f"({text})" for text in texts[True]) if len(texts[True]) > 1 else "".join(texts[True])
     mask = " & ".join(f"({text})" for text in texts[False]) if len(texts[False]) > 1 else "".join(texts[False])
-    return tuple(rest), (bias, mask, *tables.values())
+    return tuple(rest), (bias, mask, score_text, *tables.values())
 
 
 def _tables(emit: _Emitter, formula: Formula, device: torch.device) -> dict[Operand, Node] | None:

@@ -89,14 +89,14 @@ def attention_backward(
 
     Raises:
         ValueError: with the sentence of `supports`, if the operands do not fit together, or for the gradient of a bias
-            beside a soft cap.
+            beside a soft cap or a formula of the scores.
 
     Returns:
         dq, dk and dv, each as `output_like` has it, and the gradient of bias, contiguous, or None. Sums over keys are
         in float32, in no fixed order unless `deterministic`, so that dq may differ in its last bit from call to call.
     """
-    if bias_grad and softcap is not None:
-        raise ValueError("attention_backward: there is no gradient of a bias beside a soft cap")
+    if bias_grad and (softcap is not None or formulas.score):
+        raise ValueError("attention_backward: there is no gradient of a bias beside a soft cap or a formula of scores")
     key = (
         *map(key_of, (dout, q, k, v, out, lse)), scale, window_left, window_right, softcap, bias_grad,
         None if bias is None else key_of(bias), None if mask is None else key_of(mask),
@@ -203,7 +203,7 @@ def _prepare(
     if not (dq.numel() and dk.numel()):
         return _Call(None, None, None, None, tile, q.get_device())
     lse2, delta = rows
-    lse_scale = 1 / scale if softcap is None else _LOG2E
+    lse_scale = _LOG2E if _is_capped(softcap, formulas) else 1 / scale
     grid, args = statistics_arguments(out, dout, lse, lse2, delta, sums, lse_scale)
     find_statistics = launch.prepare(
         statistics_kernel, grid, args, (out, dout, lse, lse2, delta, sums), {"num_warps": 4}
@@ -266,7 +266,7 @@ def launch_arguments(
     if tile.wide:
         columns, columns_v = sums.shape[3], _columns(v.shape[3])
         width_v = 128 if columns_v == 128 else width
-        options += columns, columns_v, softcap is not None
+        options += columns, columns_v, _is_capped(softcap, formulas)
     else:
         dq = _descriptor(sums, ROWS, width if tile.block_m == 128 else width // 2)
     return (heads * n_tiles, 1, 1), (
@@ -277,8 +277,13 @@ def launch_arguments(
         n_tiles, kv_heads, heads, section, q_heads // kv_heads, lse.shape[2], seqlen_q, seqlen_k, left, right,
         scale * _LOG2E, scale, seed, threshold(dropout_p), keep_scale(dropout_p), turns,
         None if turns is None else _flat(turns, 4),
-        has_left, has_right, load, apply, open_load, open_apply, softcap is not None, *options,
+        has_left, has_right, load, apply, open_load, open_apply, _is_capped(softcap, formulas), *options,
     )  # fmt: skip
+
+
+def _is_capped(softcap: float | None, formulas: Formulas) -> bool:
+    """Whether scores have a derivative by the scaled product that is not 1."""
+    return softcap is not None or bool(formulas.score)
 
 
 def _columns(head_dim: int) -> int:

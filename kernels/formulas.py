@@ -1,16 +1,20 @@
-"""Formulas: masks and biases that the kernels compute from positions, where a tensor of them would be read.
+"""Formulas: masks and biases that the kernels compute from positions, where a tensor of them would be read; and what
+becomes of a score.
 
 A formula is the text of a Python expression. Its names are `q` and `k`, the positions of a query and of a key, both
 integers, and `t0`, `t1`, ...: tables, which are tensors that broadcast to [B, Hq, Sq, Sk] and do not vary along queries
-and keys both. They hold integers or, in real(t0) alone, floating-point numbers. There are
+and keys both. They hold integers or, in real(t0) alone, floating-point numbers. In the formula of a score there is `s`
+besides, the scaled product of the query and the key, a real. There are
 
     numbers, and + - * of two integers or two reals, / of two reals, - of one
     a // n and a % n, n being a positive number and the integer a not negative
     == != < <= > >= of two integers or two reals, & | of two conditions, ~ of one
-    where(condition, a, b), minimum(a, b), maximum(a, b), abs(a), and of a real exp(a), log(a), sqrt(a)
+    where(condition, a, b), minimum(a, b), maximum(a, b), abs(a)
+    and of a real exp(a), log(a), sqrt(a), tanh(a), sigmoid(a)
     real(a), the real number that an integer or what a table holds is
 
-A bias is real and a mask a condition. Reals are computed in float32, integers in int32, or int64 where a table is.
+A score and a bias are real and a mask a condition. Reals are computed in float32, integers in int32, or int64 where a
+table is.
 """
 
 import ast
@@ -22,24 +26,28 @@ from torch import Tensor
 
 
 class Formulas(NamedTuple):
-    """What is added to the scores, and where keys are visible, "" for nothing; and the tables that they name.
+    """What is added to the scores, and where keys are visible; the tables that formulas name; and what becomes of a
+    score before anything is added to it. "" for nothing.
 
-    Those of the bias come first.
+    The tables of the score and of the bias come first.
     """
 
     bias: str = ""
     mask: str = ""
     tables: tuple[Tensor, ...] = ()
+    score: str = ""
 
     def key(self) -> tuple:
         """What the preparation of a launch depends on."""
         tables = ((x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() & 15) for x in self.tables)
-        return self.bias, self.mask, *tables
+        return self.bias, self.mask, self.score, *tables
 
 
 NO_FORMULAS = Formulas()
 
-_FUNCTIONS = {"where": 3, "minimum": 2, "maximum": 2, "abs": 1, "exp": 1, "log": 1, "sqrt": 1, "real": 1}
+_FUNCTIONS = {
+    "where": 3, "minimum": 2, "maximum": 2, "abs": 1, "exp": 1, "log": 1, "sqrt": 1, "tanh": 1, "sigmoid": 1, "real": 1,
+}  # fmt: skip
 _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.BitAnd, ast.BitOr)
 _COMPARISONS = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
 
@@ -60,7 +68,7 @@ def parse(text: str) -> ast.expr:
         node = pending.pop()
         match node:
             case ast.Name(name):
-                known = name in ("q", "k") or (name[0] == "t" and name[1:].isdecimal())
+                known = name in ("q", "k", "s") or (name[0] == "t" and name[1:].isdecimal())
             case ast.Constant(value):
                 known = type(value) in (int, float)
             case ast.BinOp(left, operator, right):
@@ -98,8 +106,10 @@ def tables_of(text: str) -> list[int]:
 
 
 def check(formulas: Formulas, shape: tuple[int, int, int, int]) -> None:
-    """Raises ValueError for formulas that name other tables than there are, or tables that are none for `shape`."""
-    used = set(tables_of(formulas.bias)) | set(tables_of(formulas.mask))
+    """Raises ValueError for formulas that name what there is not, or tables that are none for `shape`."""
+    if "s" in names(formulas.bias) | names(formulas.mask):
+        raise ValueError("the formula of a bias or of a mask names the score")
+    used = set().union(*map(tables_of, (formulas.bias, formulas.mask, formulas.score)))
     if used - set(range(len(formulas.tables))):
         raise ValueError(f"formulas with {len(formulas.tables)} tables name t{max(used)}")
     for n, table in enumerate(formulas.tables):
@@ -113,9 +123,75 @@ def check(formulas: Formulas, shape: tuple[int, int, int, int]) -> None:
             raise ValueError(f"table t{n} is {table.dtype}")
 
 
+def derivative(text: str) -> str:
+    """The formula of a score's derivative by it, with PyTorch's choices where there is none: half of each side of a
+    minimum of two that are equal, 0 of an absolute value at 0. Raises ValueError as `parse` does."""
+    return ast.unparse(_derivative(parse(text)))
+
+
+def _expression(text: str, **parts: ast.expr) -> ast.expr:
+    """`text` with other expressions in place of its names."""
+
+    class Replacement(ast.NodeTransformer):
+        def visit_Name(self, node: ast.Name) -> ast.expr:
+            return parts.get(node.id, node)
+
+    return Replacement().visit(ast.parse(text, mode="eval").body)
+
+
+_ZERO = ast.Constant(0.0)
+_DERIVATIVES = {  # of functions of one and of two reals, da and db being those of their arguments
+    "abs": "where(a < 0.0, -da, where(a > 0.0, da, 0.0))",
+    "exp": "exp(a) * da",
+    "log": "da / a",
+    "sqrt": "da / (2.0 * sqrt(a))",
+    "tanh": "(1.0 - tanh(a) * tanh(a)) * da",
+    "sigmoid": "sigmoid(a) * (1.0 - sigmoid(a)) * da",
+    "minimum": "where(a < b, da, where(b < a, db, 0.5 * (da + db)))",
+    "maximum": "where(a > b, da, where(b > a, db, 0.5 * (da + db)))",
+    ast.Mult: "da * b + a * db",
+    ast.Div: "da / b - a * db / (b * b)",
+}
+
+
+def _derivative(node: ast.expr) -> ast.expr:
+    if "s" not in names(ast.unparse(node)):
+        return _ZERO
+    match node:
+        case ast.Name():
+            return ast.Constant(1.0)
+        case ast.UnaryOp(_, a):
+            return _expression("-da", da=_derivative(a))
+        case ast.Call(ast.Name("where"), [condition, a, b]):
+            return _expression("where(c, da, db)", c=condition, da=_derivative(a), db=_derivative(b))
+        case ast.BinOp(a, ast.Add() | ast.Sub() as operator, b):
+            return _sum(_derivative(a), operator, _derivative(b))
+        case ast.BinOp(a, ast.Mult(), b) if "s" not in names(ast.unparse(b)):
+            return _expression("da * b", da=_derivative(a), b=b)
+        case ast.BinOp(a, ast.Mult(), b) if "s" not in names(ast.unparse(a)):
+            return _expression("a * db", a=a, db=_derivative(b))
+        case ast.BinOp(a, ast.Div(), b) if "s" not in names(ast.unparse(b)):
+            return _expression("da / b", da=_derivative(a), b=b)
+        case ast.BinOp(a, operator, b):
+            rule, arguments = _DERIVATIVES[type(operator)], (a, b)
+        case ast.Call(ast.Name(name), arguments):
+            rule = _DERIVATIVES[name]
+    parts = dict(zip("ab", arguments))
+    return _expression(rule, **parts, **{f"d{name}": _derivative(x) for name, x in parts.items()})
+
+
+def _sum(a: ast.expr, operator: ast.operator, b: ast.expr) -> ast.expr:
+    if b is _ZERO:
+        return a
+    if a is _ZERO:
+        return b if isinstance(operator, ast.Add) else ast.UnaryOp(ast.USub(), b)
+    return ast.BinOp(a, operator, b)
+
+
 def evaluate(
-    text: str, tables: tuple[Tensor, ...], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Tensor:
+    text: str, tables: tuple[Tensor, ...], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
+    s: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """A formula for scores of `shape` [B, Hq, Sq, Sk], in plain PyTorch; reals are `dtype`. Broadcasts to `shape`."""
 
     def visit(node: ast.expr):
@@ -124,6 +200,8 @@ def evaluate(
                 return torch.arange(shape[2], device=device).unsqueeze(-1)
             case ast.Name("k"):
                 return torch.arange(shape[3], device=device)
+            case ast.Name("s"):
+                return s
             case ast.Name(name):
                 table = tables[int(name[1:])]
                 return table.to(torch.uint8) if table.dtype == torch.bool else table
@@ -151,6 +229,15 @@ _TORCH = {
 }  # fmt: skip
 
 
+# Those that Gluon lacks: the hardware's own tanh is off by 5e-4.
+_RECIPROCAL = 'gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [{}], gl.float32, True, 1)'
+_DEVICE_FUNCTIONS = {
+    "real": "x.to(gl.float32)",
+    "tanh": "1.0 - 2.0 * " + _RECIPROCAL.format("gl.exp(2.0 * x) + 1.0"),
+    "sigmoid": _RECIPROCAL.format("gl.exp(-x) + 1.0"),
+}
+
+
 def device_source(text: str, by_name: dict[str, str], factor: str = "") -> str:
     """A formula as device code, times `factor`, with what `by_name` has in place of its names."""
 
@@ -160,10 +247,8 @@ def device_source(text: str, by_name: dict[str, str], factor: str = "") -> str:
 
         def visit_Call(self, node: ast.Call) -> ast.expr:
             arguments = [self.visit(x) for x in node.args]
-            if node.func.id == "real":
-                to_real = ast.parse("x.to(gl.float32)", mode="eval").body
-                to_real.func.value = arguments[0]
-                return to_real
+            if node.func.id in _DEVICE_FUNCTIONS:
+                return _expression(_DEVICE_FUNCTIONS[node.func.id], x=arguments[0])
             return ast.Call(ast.Attribute(ast.Name("gl"), node.func.id), arguments, [])
 
     def translated(node: ast.expr) -> str:

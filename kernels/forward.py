@@ -23,7 +23,7 @@ from fa3_inductor.kernels.forward_kernel import ROWS as ROWS_OF_A_CONSUMER
 from fa3_inductor.kernels.forward_kernel import forward_kernel
 from fa3_inductor.kernels.ranges import mask_axes, ranges_arguments, ranges_kernel, ranges_shape
 from fa3_inductor.kernels.schedule import longest_first
-from fa3_inductor.kernels.terms import broadcast, functions, program_of
+from fa3_inductor.kernels.terms import broadcast, functions, has_terms, program_of
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,8 @@ def attention_forward(
         sinks: [Hq], a logit of every head that takes weight and has no value (gpt-oss).
         seed: int64 [1], for dropout with probability dropout_p: the weights that `dropout.kept_weights` says are kept,
             scaled up. None: no dropout.
-        formulas: a bias and a mask that are computed, beside those that are read.
+        formulas: a bias and a mask that are computed, beside those that are read, and what becomes of the scaled
+            scores, in place of a soft cap.
 
     Returns:
         out [B, Hq, Sq, Dv] as `output_like(q, Dv)`, and lse [B, Hq, Sq] float32, contiguous: the natural log of the sum
@@ -224,6 +225,8 @@ def check_terms(
         raise ValueError(f"sinks are a contiguous [{q.shape[1]}] of floating point")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap is a positive number, not {softcap}")
+    if softcap is not None and formulas.score:
+        raise ValueError("a soft cap beside a formula of the scores")
     check_formulas(formulas, (*q.shape[:3], k.shape[2]))
     devices = {x.device for x in (q, k, v, bias, mask, sinks, *formulas.tables) if x is not None}
     if len(devices) > 1:
@@ -323,7 +326,7 @@ def launch_arguments(
     score_functions, ranges, operands = score_arguments(
         bias, mask, softcap, (batch, q_heads, seqlen_q, seqlen_k), ranges, formulas
     )
-    with_terms = bool(operands or formulas.bias or formulas.mask) or seed is not None
+    with_terms = has_terms(bias, mask, None, formulas) or seed is not None  # a soft cap alone needs few registers
     tile = tile or tile_for(head_dim, head_dim_v, windowed, seqlen_q, with_terms)
     ctas, m_tiles, order = schedule(
         batch * q_heads, seqlen_q, seqlen_k, left, right, tile.consumers * ROWS, tile.block_n, sm_count, q.device

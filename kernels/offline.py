@@ -41,6 +41,8 @@ SPILLS_IN_ORDER = 640, 75  # 3.6 has up to 532 and 10
 # Of 128 queries, in the backward, and with dropout: 3.6 has up to 740 and 52. With scales of tokens 3.9 has 912 and 98
 # where 3.6 has 64 and none, and with formulas at head_dim 256, 440 and 101 where 3.6 has 100 and none.
 SPILLS_OF_LARGE_TILES = 960, 105
+# Of the scores, in the backward, with their derivatives: of two at once at head_dim 128, 3.6 has 1076 and 153.
+SPILLS_OF_FUNCTIONS = 2200, 480
 _NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 
 
@@ -149,14 +151,16 @@ def forward_case(
     return Case(forward.forward_kernel, args, {"num_warps": 4}, budget, spills)
 
 
-# What formulas are compiled with: texts of a bias and a mask, and the axes and dtypes of their tables.
+# What formulas are compiled with: texts of a bias, a mask and a score, and the axes and dtypes of their tables.
 FORMULAS = {
-    "alibi": ("real(t0) * (real(k) - real(q))", "", (("h", torch.float32),)),
-    "documents": ("", "t0 == t1", (("bq", torch.int64), ("bk", torch.int64))),
-    "chunks": ("", "q // 512 == k // 512", ()),
-    "everything": ("real(t0) * abs(real(q) - real(k))", "(t1 == t2) | (k < 64)", (
+    "alibi": ("real(t0) * (real(k) - real(q))", "", "", (("h", torch.float32),)),
+    "documents": ("", "t0 == t1", "", (("bq", torch.int64), ("bk", torch.int64))),
+    "chunks": ("", "q // 512 == k // 512", "", ()),
+    "everything": ("real(t0) * abs(real(q) - real(k))", "(t1 == t2) | (k < 64)", "", (
         ("h", torch.bfloat16), ("bq", torch.int32), ("bk", torch.int32),
     )),
+    "clamp": ("", "", "where(s > 50.0, 50.0, where(s < -50.0, -50.0, s))", ()),
+    "gate": ("", "", "sigmoid(s) * real(t0) + tanh(s * exp(-0.1 * abs(real(q) - real(k))))", (("h", torch.float32),)),
 }  # fmt: skip
 
 
@@ -165,10 +169,11 @@ def _formulas(name: str, batch: int, q_heads: int, seqlen: int):
 
     if not name:
         return NO_FORMULAS
-    bias, mask, tables = FORMULAS[name]
+    bias, mask, score, tables = FORMULAS[name]
     sizes = dict(b=batch, h=q_heads, q=seqlen, k=seqlen)
     shapes = ([sizes[axis] if axis in axes else 1 for axis in sizes] for axes, _ in tables)
-    return Formulas(bias, mask, tuple(torch.empty(x, dtype=of, device="meta") for x, (_, of) in zip(shapes, tables)))
+    made = tuple(torch.empty(x, dtype=of, device="meta") for x, (_, of) in zip(shapes, tables))
+    return Formulas(bias, mask, made, score)
 
 
 def _ranges(mask: torch.Tensor | None, formulas, shape: tuple[int, ...]) -> torch.Tensor | None:
@@ -213,6 +218,8 @@ def backward_case(
     spills = SPILLS_IN_ORDER if deterministic else SPILLS_OF_BACKWARD
     if tile.block_m == 128 or dropout:
         spills = SPILLS_OF_LARGE_TILES
+    if computed.score:
+        spills = SPILLS_OF_FUNCTIONS
     return Case(kernel, args, {"num_warps": 4}, {240, 24}, spills)
 
 
@@ -289,6 +296,8 @@ def cases() -> dict[str, functools.partial]:
         ("d128-alibi", (128, 128, "causal", bf16), dict(formulas="alibi")),
         ("d128-documents", (128, 128, "causal", bf16), dict(formulas="documents")),
         ("d256-formulas", (256, 256, "full", bf16), dict(formulas="everything", mask="bk")),
+        ("d128-clamp", (128, 128, "causal", bf16), dict(formulas="clamp")),
+        ("d256-gate", (256, 256, "causal", bf16), dict(formulas="gate")),
     ):
         made[f"forward-{name}"] = functools.partial(forward_case, *problem, **more)
     for name, problem in problems.items():
@@ -312,6 +321,9 @@ def cases() -> dict[str, functools.partial]:
         ("d256-window-deterministic", (256, 256, "window", bf16), dict(deterministic=True)),
         ("d128-documents", (128, 128, "causal", bf16), dict(formulas="documents")),
         ("d256-formulas", (256, 256, "full", bf16), dict(formulas="everything", mask="bk")),
+        ("d64-clamp", (64, 64, "full", bf16), dict(formulas="clamp")),
+        ("d128-gate", (128, 128, "causal", bf16), dict(formulas="gate")),
+        ("d256-gate", (256, 256, "causal", bf16), dict(formulas="gate")),
     ):
         made[f"backward-{name}"] = functools.partial(backward_case, *problem, **more)
     for name, problem, more in (
@@ -329,6 +341,7 @@ def cases() -> dict[str, functools.partial]:
         ("d256-softcap-mask", (256, 256, "full"), dict(softcap=50.0, mask="bk")),
         ("d128-alibi-blocks", (128, 128, "causal"), dict(formulas="alibi", blocks=True)),
         ("d64-documents", (64, 64, "causal"), dict(formulas="documents")),
+        ("d128-gate-blocks", (128, 128, "causal"), dict(formulas="gate", blocks=True)),
     ):
         made[f"fp8-{name}"] = functools.partial(fp8_case, *problem, **more)
     return made

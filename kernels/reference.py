@@ -10,7 +10,7 @@ Arithmetic is float32, or float64 for float64 inputs; results are rounded once.
 import torch
 from torch import Tensor
 
-from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas, evaluate
+from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas, derivative, evaluate
 
 
 def attention_reference(
@@ -43,7 +43,8 @@ def attention_reference(
         kept: bool [B, Hq, Sq, Sk], for dropout: the weights that are kept, which are multiplied by keep_scale.
         rounded: [B, Hkv, Sk], for FP8: v is weighted with what float8_e4m3fn makes of 2^8 times this times the weights.
 
-        formulas: a bias and a mask that are computed, beside those that are tensors.
+        formulas: a bias and a mask that are computed, beside those that are tensors, and what becomes of the scaled
+            scores, in place of a soft cap.
 
     Returns:
         out [B, Hq, Sq, Dv] of q's dtype, and lse [B, Hq, Sq], the natural log of the sum of exp of each row's scores,
@@ -107,9 +108,14 @@ def attention_backward_reference(
     if kept is not None:
         weights = weights * kept * keep_scale
     dbias = None if bias is None else dscores.sum_to_size(bias.shape).to(bias.dtype)
-    if softcap is not None:
+    if softcap is not None or formulas.score:
         products = q.to(scores.dtype) @ _per_query_head(k, q).to(scores.dtype).mT * scale
+    if softcap is not None:
         dscores = dscores * (1 - torch.tanh(products / softcap).square())
+    if formulas.score:
+        text = derivative(formulas.score)
+        slope = evaluate(text, formulas.tables, scores.shape, scores.dtype, q.device, products)
+        dscores = dscores * slope.masked_fill(~slope.isfinite(), 0.0)
     dq = dscores @ _per_query_head(k, q).to(scores.dtype) * scale
     dk = _per_kv_head(dscores.mT @ q.to(scores.dtype), k) * scale
     dv = _per_kv_head(weights.mT @ grad, v)
@@ -189,6 +195,8 @@ def _scores(q, k, bias, mask, scale, window_left, window_right, softcap, formula
     scores = q.to(dtype) @ _per_query_head(k, q).to(dtype).mT * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if formulas.score:
+        scores = evaluate(formulas.score, formulas.tables, scores.shape, dtype, q.device, scores)
     if bias is not None:
         scores = scores + bias.to(dtype)
     if formulas.bias:

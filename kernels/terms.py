@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas, device_source, tables_of
+from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas, derivative, device_source, tables_of
 
 ALIGNED = 8
 
@@ -38,7 +38,9 @@ class ScoreTerm:
 
 @dataclass(frozen=True)
 class ScoreProgram:
-    """softcap * tanh(scores / softcap) if there is a softcap, then biases and masks: tensors and formulas.
+    """softcap * tanh(scores / softcap) if there is a softcap, or a formula of the scores; then biases and masks.
+
+    Those are tensors and formulas.
 
     The terms are in the order of the kernel's operands: bias, tables, mask.
     """
@@ -47,11 +49,18 @@ class ScoreProgram:
     terms: tuple[ScoreTerm, ...] = ()
     bias_formula: str = ""
     mask_formula: str = ""
+    score_formula: str = ""
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether a score is the scaled product and what is added to it."""
+        return self.softcap is None and not self.score_formula
 
     def without_mask(self) -> "ScoreProgram":
         """The program where the masks hide nothing, on the same operands."""
-        count = sum(term.kind == "bias" for term in self.terms) + max([-1, *tables_of(self.bias_formula)]) + 1
-        return ScoreProgram(self.softcap, self.terms[:count], self.bias_formula)
+        tables = [*tables_of(self.score_formula), *tables_of(self.bias_formula)]
+        count = sum(term.kind == "bias" for term in self.terms) + max([-1, *tables]) + 1
+        return ScoreProgram(self.softcap, self.terms[:count], self.bias_formula, "", self.score_formula)
 
 
 def program_of(
@@ -78,12 +87,12 @@ def program_of(
             strides[:3] = (stride // ALIGNED for stride in strides[:3])
         terms.append(ScoreTerm(kind, tuple(stride != 0 for stride in strides), aligned))
         operands.append((whole, *(stride for stride in strides[: 3 if aligned else 4] if stride)))
-    return ScoreProgram(softcap, tuple(terms), formulas.bias, formulas.mask), tuple(operands)
+    return ScoreProgram(softcap, tuple(terms), formulas.bias, formulas.mask, formulas.score), tuple(operands)
 
 
 def has_terms(bias: Tensor | None, mask: Tensor | None, softcap: float | None, formulas: Formulas) -> bool:
     """Whether there is anything beyond a scale and a window for the scores."""
-    return bool(formulas.bias or formulas.mask) or any(x is not None for x in (bias, mask, softcap))
+    return bool(formulas.bias or formulas.mask or formulas.score) or any(x is not None for x in (bias, mask, softcap))
 
 
 def broadcast(kind: str, tensor: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
@@ -103,8 +112,8 @@ def functions(program: ScoreProgram, backward: bool = False) -> tuple:
     and columns are indices in the layouts of the scores' axes, and BOUNDED says whether columns may lie past the end.
     apply(s, scale, loaded) makes scores of products of q and k. If scaled, they come out multiplied by scale, which is
     in units of log2(e); else that is left to the softmax, which does it for nothing.
-    If backward, scores are [keys, queries], and apply returns two things: with a soft cap, scores and their derivative
-    by s * scale; without one, s with the terms, bias times scale, and 1.
+    If backward, scores are [keys, queries], and apply returns two things: if the program is not linear, scores and
+    their derivative by s * scale, 0 where it is not finite; if it is, s with the terms, bias times scale, and 1.
     """
     if program == ScoreProgram():
         return None, None, False
@@ -136,7 +145,7 @@ def _compiled(source: str, filename: str, language, *names: str) -> tuple:
 
 def _is_scaled(program: ScoreProgram) -> bool:
     has_bias = program.bias_formula or any(term.kind == "bias" for term in program.terms)
-    return program.softcap is not None or bool(has_bias)
+    return not program.is_linear or bool(has_bias)
 
 
 def _axes(backward: bool) -> tuple[str, str]:
@@ -146,10 +155,14 @@ def _axes(backward: bool) -> tuple[str, str]:
 
 def _load_source(program: ScoreProgram, backward: bool) -> str:
     lines = ["def load(operands, batch, head, rows, columns, seqlen_q, seqlen_k, BOUNDED: gl.constexpr):"]
+    if backward and program.score_formula:
+        lines.append("    inside = rows < seqlen_q")
     lines += _reading(program, backward, range(len(program.terms)))
     loaded = "".join(f"x{n}, " for n in range(len(program.terms)))
-    if program.bias_formula or program.mask_formula:
+    if program.bias_formula or program.mask_formula or program.score_formula:
         loaded += "rows, columns"
+    if backward and program.score_formula:
+        loaded += ", inside"
     return "\n".join([*lines, f"    return ({loaded})"])
 
 
@@ -196,13 +209,13 @@ def _in_formulas(program: ScoreProgram, backward: bool, loaded: str) -> dict[str
     by_query, by_key = _axes(backward)
     tables = [n for n, term in enumerate(program.terms) if term.kind == "table"]
     by_name = {f"t{i}": loaded.format(n) + _along(program.terms[n], backward) for i, n in enumerate(tables)}
-    return by_name | {"q": f"rows{by_query}", "k": f"columns{by_key}"}
+    return by_name | {"q": f"rows{by_query}", "k": f"columns{by_key}", "s": "s"}
 
 
 def _apply_source(program: ScoreProgram, backward: bool) -> str:
     log2e = math.log2(math.e)
     lines = ["def apply(s, scale, loaded):"]
-    if program.softcap is None and _is_scaled(program) and not backward:
+    if program.is_linear and _is_scaled(program) and not backward:
         lines.append("    s = s * scale")
     if program.softcap is not None:
         # tanh(x) = 1 - 2 / (1 + exp(2x)): the hardware's own tanh is off by 5e-4, which a cap of 50 turns into 0.03.
@@ -212,10 +225,20 @@ def _apply_source(program: ScoreProgram, backward: bool) -> str:
             '    r = gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [e], gl.float32, True, 1)'
         )
         lines.append(f"    s = r * {-2 * cap!r} + {cap!r}")
-    factor = "scale" if backward and program.softcap is None else repr(log2e)
+    factor = "scale" if backward and program.is_linear else repr(log2e)
     by_name = _in_formulas(program, backward, "loaded[{}]")
-    if program.bias_formula or program.mask_formula:
+    if program.bias_formula or program.mask_formula or program.score_formula:
         lines.append(f"    rows, columns = loaded[{len(program.terms)}], loaded[{len(program.terms) + 1}]")
+    if program.score_formula:
+        lines.append(f"    s = s * (scale * {1 / log2e!r})")
+        if backward:
+            slope = derivative(program.score_formula)
+            lines.append(f"    slope = s * 0.0 + ({device_source(slope, by_name)})")
+            lines.append('    slope = gl.where(gl.abs(slope) < float("inf"), slope, 0.0)')
+        lines.append(f"    s = ({device_source(program.score_formula, by_name)}) * {log2e!r}")
+        if backward:  # whatever becomes of the zeros that are past the end of Q
+            inside = f"loaded[{len(program.terms) + 2}]{_axes(backward)[0]}"
+            lines.append(f'    s = gl.where({inside}, s, float("-inf"))')
     biases = [f"loaded[{n}].to(gl.float32){_along(t, backward)}" for n, t in _of_kind(program, "bias")]
     conditions = [f"(loaded[{n}] != 0){_along(t, backward)}" for n, t in _of_kind(program, "mask")]
     if program.mask_formula:
@@ -225,7 +248,8 @@ def _apply_source(program: ScoreProgram, backward: bool) -> str:
         lines.append(f"    s = s + {device_source(program.bias_formula, by_name, factor)}")
     lines += [f'    s = gl.where({condition}, s, float("-inf"))' for condition in conditions]
     if backward:
-        lines.append("    return s, " + ("1.0" if program.softcap is None else "r * (4.0 - 4.0 * r)"))
+        slope = "1.0" if program.is_linear else "slope" if program.score_formula else "r * (4.0 - 4.0 * r)"
+        lines.append(f"    return s, {slope}")
     else:
         lines.append("    return s")
     return "\n".join(lines)

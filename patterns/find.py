@@ -11,13 +11,14 @@ from torch.fx import Graph, Node
 
 from .algebra import Algebra, Opaque
 from .float8 import read_float8
+from .formulas import formula_of_score
 from .indices import ONE, ZERO, Index, Space, broadcast_index, shape_exprs, size_expr
 from .layouts import LAYOUT_OPS, argument, layout_step, packet, rank, tensor, users_of
 from .masks import FULL, Axes, Mask, describe, no_row_is_empty
 from .operands import Roles, choose_operands, peel, side_operand
 from .products import as_product, is_product
 from .reasons import Reason
-from .scores import Added, Hidden, NotScores, Scores, read_scores
+from .scores import Added, Factor, Function, Hidden, NotScores, Scores, read_scores
 from .spec import AttentionSpec, Empty, Rejected, Term, TermKind
 from .terms import empty_beside_sink, hides_by_infinity, read_sink, read_terms
 from .written import EMPTY_ROWS, Written, put_together
@@ -331,8 +332,16 @@ class _Reading:
         roles = Roles.of(
             space, others, self.sizes, axes, "d", view.scores.product.contracted, head_dim, self.sizes["d"]
         )
-        _check_interior(view.scores.nodes, self.softmax)
-        scale = view.scores.scale
+        function, scale, softcap, factors = _function_of(view)
+        nodes, score, no_score = view.scores.nodes, None, None
+        if function is not None:
+            no_score = Rejected(function.failure.reason, function.failure.detail)
+            written = formula_of_score(self.algebra, function.node, function.index, function.source, roles)
+            if written is None:
+                raise no_score
+            score, inside = written
+            nodes = tuple(dict.fromkeys((*nodes, *inside)))
+        _check_interior(nodes, self.softmax)
         q = peel(self.algebra, view.q_node, view.q_index)
         k = peel(self.algebra, view.k_node, view.k_index)
         v = peel(self.algebra, view.v_node, view.v_index, scales=False)
@@ -344,16 +353,9 @@ class _Reading:
         scale = scale * factor
         if not (scale.is_number and scale.is_finite) and not scale.free_symbols:
             raise Rejected(Reason.TENSOR_SCALE, f"the scale is {scale}")
-        softcap = view.scores.softcap
         if softcap is not None and not softcap.is_number:
             raise Rejected(Reason.TENSOR_SCALE, f"the soft cap is {softcap}")
-        q_factors = []
-        for factor in view.scores.factors:
-            if any(view.k in entry.free_symbols for entry in factor.index):
-                raise Rejected(
-                    Reason.TENSOR_SCALE, f"'{factor.node.name}', which scales the scores, differs from key to key"
-                )
-            q_factors.append((side_operand(space, factor.node, factor.index, roles), factor.inverse))
+        q_factors = [(side_operand(space, x.node, x.index, roles), x.inverse) for x in factors]
         terms, mask, empty = read_terms(self.algebra, view.scores.terms, roles, axes)
         empty = _as_written(self.softmax, self.weights, view, empty)
         sinks = None
@@ -386,12 +388,26 @@ class _Reading:
             dropout_p=self.weights.dropout_p,
             form=" · ".join(words),
             softcap=None if softcap is None else float(softcap),
+            score=score,
+            no_score=no_score,
             q_factors=tuple(q_factors),
             sinks=sinks,
             float8=float8,
             not_float8=not_float8,
         )
-        return spec, (*view.scores.nodes, *self.weights.nodes, product)
+        return spec, (*nodes, *self.weights.nodes, product)
+
+
+def _function_of(view: _View) -> tuple[Function | None, sympy.Expr, sympy.Expr | None, tuple[Factor, ...]]:
+    """What becomes of the product: a function, its scale, a soft cap, and tensors that scale it."""
+    scores = view.scores
+    by_key = [x for x in scores.factors if view.k != 0 and any(view.k in entry.free_symbols for entry in x.index)]
+    if not by_key:
+        return scores.function, scores.scale, scores.softcap, scores.factors
+    what = f"'{by_key[0].node.name}', which scales the scores, differs from key to key"
+    failure = NotScores(Reason.TENSOR_SCALE, what)
+    *source, scale = scores.linear
+    return Function(*scores.shaped, tuple(source), failure), scale, None, ()
 
 
 def _as_written(softmax: Node, weights: _Weights, view: _View, empty: Empty) -> Empty:

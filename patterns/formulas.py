@@ -1,4 +1,5 @@
-"""Masks and biases as formulas over positions, which the kernels compute instead of reading a tensor of all scores.
+"""Masks and biases as formulas over positions, which the kernels compute instead of reading a tensor of all scores; and
+functions of a score.
 
 What a formula can say is in `kernels/formulas.py`. Where the algebra knows a value, that is written down; where a
 tensor does not vary along queries and keys both, it becomes a table; what is between, operation by operation. Integers
@@ -71,6 +72,18 @@ def formula_of_value(algebra: Algebra, node: Node, index: Index, factor: float, 
     return Formula(text if factor == 1 else f"{_number(factor)} * {_wrapped(text)}", tuple(writer.tables))
 
 
+def formula_of_score(
+    algebra: Algebra, node: Node, index: Index, source: tuple[Node, Index], roles: Roles
+) -> tuple[Formula, tuple[Node, ...]] | None:
+    """The formula for ``node[index]`` in which s is ``source``, and the nodes from there to ``node``; None if none."""
+    writer = _Writer(algebra, roles, source)
+    try:
+        text = writer.read(node, index).real()
+    except _Inexpressible:
+        return None
+    return Formula(text, tuple(writer.tables)), tuple(dict.fromkeys(writer.inside))
+
+
 # Positions are below 2^22. With no larger factors and numbers than these, 32 bits hold what is made of them.
 _LARGEST_FACTOR, _LARGEST_NUMBER = 2**6, 2**26
 
@@ -81,19 +94,62 @@ _JUNCTIONS = {
     aten.logical_or: "|", aten.bitwise_or: "|", aten.__or__: "|",
 }  # fmt: skip
 _ARITHMETIC = {aten.add: "+", aten.sub: "-", aten.mul: "*"}
-_OF_ONE_REAL = {aten.exp: "exp", aten.log: "log", aten.sqrt: "sqrt"}
 _OF_TWO = {aten.minimum: "minimum", aten.maximum: "maximum"}
-_OPERATIONS = {*_ARITHMETIC, *_OF_ONE_REAL, *_OF_TWO, aten.rsub, aten.div, aten.neg, aten.abs}
+# Of one real, x; with a NaN where torch has one, and its derivative where there are two.
+_OF_ONE_REAL = {
+    aten.exp: "exp({x})",
+    aten.exp2: f"exp({math.log(2)!r} * {{x}})",
+    aten.expm1: "exp({x}) - 1.0",
+    aten.log: "log({x})",
+    aten.log1p: "log(1.0 + {x})",
+    aten.sqrt: "sqrt({x})",
+    aten.rsqrt: "1.0 / sqrt({x})",
+    aten.reciprocal: "1.0 / {x}",
+    aten.square: "{x} * {x}",
+    aten.tanh: "tanh({x})",
+    aten.sigmoid: "sigmoid({x})",
+    aten.relu: "where({x} <= 0.0, 0.0, {x})",
+    aten.relu6: "where({x} <= 0.0, 0.0, where({x} >= 6.0, 6.0, {x}))",
+    aten.silu: "{x} * sigmoid({x})",
+    aten.log_sigmoid: "where({x} < 0.0, {x}, 0.0) - log(1.0 + exp(-abs({x})))",
+}
+# Those with more numbers: their names and what they are by default. The number that is last wins where they collide.
+_WITH_NUMBERS: dict[torch._ops.OpOverloadPacket, tuple[tuple[tuple[str, float | None], ...], str]] = {
+    aten.clamp: ((("min", None), ("max", None)), "where({x} > {max}, {max}, where({x} < {min}, {min}, {x}))"),
+    aten.clamp_min: ((("min", None),), "where({x} < {min}, {min}, {x})"),
+    aten.clamp_max: ((("max", None),), "where({x} > {max}, {max}, {x})"),
+    aten.hardtanh: (
+        (("min_val", -1.0), ("max_val", 1.0)),
+        "where({x} <= {min_val}, {min_val}, where({x} >= {max_val}, {max_val}, {x}))",
+    ),
+    aten.leaky_relu: ((("negative_slope", 0.01),), "where({x} > 0.0, {x}, {x} * {negative_slope})"),
+    aten.elu: (
+        (("alpha", 1.0), ("scale", 1.0), ("input_scale", 1.0)),
+        "where({x} > 0.0, {scale} * {x}, {scale} * {alpha} * (exp({input_scale} * {x}) - 1.0))",
+    ),
+    aten.softplus: (
+        (("beta", 1.0), ("threshold", 20.0)),
+        "where({beta} * {x} > {threshold}, {x}, log(1.0 + exp({beta} * {x})) / {beta})",
+    ),
+}
+_ARITHMETIC_OF_REALS = {*_ARITHMETIC, aten.rsub, aten.div, aten.neg, aten.abs}
+_OPERATIONS = {*_ARITHMETIC_OF_REALS, *_OF_ONE_REAL, *_OF_TWO, *_WITH_NUMBERS, aten.pow}
+# What may be done to a score, if nothing else is to be said of it.
+OF_SCORES = {*_OPERATIONS, aten.where, aten.masked_fill}
+_LONGEST_FORMULA = 4000  # characters
 _CASTS = (aten._to_copy, aten.to, aten.type_as)
 
 
 class _Writer:
-    """Writes one formula and collects its tables."""
+    """Writes one formula and collects its tables; and the nodes that are made of the score, `source`, if it has one."""
 
-    def __init__(self, algebra: Algebra, roles: Roles) -> None:
+    def __init__(self, algebra: Algebra, roles: Roles, source: tuple[Node, Index] | None = None) -> None:
         self.algebra = algebra
         self.roles = roles
+        self.source = source
         self.tables: list[Operand] = []
+        self.inside: list[Node] = []
+        self._of_source: dict[Node, bool] = {} if source is None else {source[0]: True}
 
     # ------------------------------------------------------------------ what the algebra knows
 
@@ -178,22 +234,53 @@ class _Writer:
 
     def read(self, node: Node, index: Index) -> _Text:
         """node[index]"""
+        if self._is_of_source(node):
+            return self._of_node(node, index)
         value = self.algebra.value(node, index)
         is_known = not any(v.has(Opaque) for v in _atoms(value))
         return self.value(value) if is_known else self._of_node(node, index)
 
+    def _is_of_source(self, node: Node) -> bool:
+        """Whether a node is made of the score."""
+        if self.source is None:
+            return False
+        pending = [node]
+        while pending:
+            last = pending[-1]
+            unknown = [x for x in last.all_input_nodes if x not in self._of_source]
+            if last in self._of_source or not unknown:
+                pending.pop()
+                if last not in self._of_source:
+                    self._of_source[last] = any(self._of_source[x] for x in last.all_input_nodes)
+            else:
+                pending += unknown
+        return self._of_source[node]
+
     def _of_node(self, node: Node, index: Index) -> _Text:
-        symbols = set().union(*(entry.free_symbols for entry in index))
-        if not {self.roles.q, self.roles.k} <= symbols:
-            return self._table(node, index)
-        if node.op != "call_function" or node.meta.get(NO_GRAD):
+        text = self._written(node, index)
+        if len(text.text) > _LONGEST_FORMULA:
             raise _Inexpressible
+        return text
+
+    def _written(self, node: Node, index: Index) -> _Text:
+        dtype = tensor(node).dtype
+        if (node, index) == self.source:
+            return _Text("real", "s", exact=False)
+        if self._is_of_source(node):  # (in float16 it may overflow, as the product itself may)
+            if node is self.source[0] or node.op != "call_function" or dtype not in _SCORES:
+                raise _Inexpressible
+            self.inside.append(node)
+        else:
+            symbols = set().union(*(entry.free_symbols for entry in index))
+            if not {self.roles.q, self.roles.k} <= symbols:
+                return self._table(node, index)
+            if node.op != "call_function" or node.meta.get(NO_GRAD):
+                raise _Inexpressible
+            if dtype in (torch.float16, torch.float64) or dtype.is_complex:
+                raise _Inexpressible  # may overflow, or is computed with more than float32 has
         step = layout_step(self.algebra.space, node, index)
         if step is not None:
             return self.read(*step)
-        dtype = tensor(node).dtype
-        if dtype in (torch.float16, torch.float64) or dtype.is_complex:
-            raise _Inexpressible  # may overflow, or is computed with more than float32 has
         kind = packet(node)
         if kind in _CASTS:
             return self._cast(node, index)
@@ -212,6 +299,8 @@ class _Writer:
             return _Text("condition", f"{_wrapped(left)} {_JUNCTIONS[kind]} {_wrapped(right)}")
         if kind in (aten.logical_not, aten.bitwise_not) and dtype == torch.bool:
             return _Text("condition", f"~({_as_condition(self._operand(node.args[0], index, torch.bool))})")
+        if kind in _WITH_NUMBERS:
+            return self._with_numbers(node, index)
         if kind not in _OPERATIONS or dtype == torch.bool or len(node.args) > 2:
             raise _Inexpressible
         if not dtype.is_floating_point and dtype not in (torch.int32, torch.int64):
@@ -236,9 +325,27 @@ class _Writer:
                 raise _Inexpressible  # where there is a NaN, the kernels' functions return the other operand
             text = f"{_OF_TWO[kind]}({left.text}, {right.text})"
             return _Text(left.kind, text, left.exact and right.exact, dtype=_dtype_of([left, right]))
+        if kind is aten.pow:
+            return _power(node, operands[0])
         if kind not in _OF_ONE_REAL:
             raise _Inexpressible
-        return _Text("real", f"{_OF_ONE_REAL[kind]}({operands[0].real()})", False)
+        return _Text("real", _OF_ONE_REAL[kind].format(x=_argument(operands[0], _OF_ONE_REAL[kind])), False)
+
+    def _with_numbers(self, node: Node, index: Index) -> _Text:
+        """A function of one real and numbers. One of None is none at all."""
+        names, template = _WITH_NUMBERS[packet(node)]
+        numbers = {name: argument(node, i + 1, name, default) for i, (name, default) in enumerate(names)}
+        if packet(node) is aten.clamp and None in numbers.values():
+            (name,) = (name for name, value in numbers.items() if value is not None)
+            template = _WITH_NUMBERS[aten.clamp_min if name == "min" else aten.clamp_max][1]
+        values = {}
+        for name, value in numbers.items():
+            known = None if value is None else self.algebra.value(value, ())
+            if known is not None and (is_condition(known) or not known.is_number or not known.is_finite):
+                raise _Inexpressible
+            values[name] = "" if known is None else _number(float(known))
+        x = self._operand(node.args[0], index, tensor(node).dtype)
+        return _Text("real", template.format(x=_argument(x, template), **values), False)
 
     def _operand(self, x: object, index: Index, dtype: torch.dtype, keeps: bool = False) -> _Text:
         """An operand that broadcasting aligns with ``index``, in ``dtype``; as it is if it ``keeps`` its own."""
@@ -272,6 +379,26 @@ class _Writer:
         if dtype.is_floating_point:
             return _Text("real", f"real({name})")
         return _Text("condition", f"{name} != 0") if dtype == torch.bool else _Text("integer", name, dtype=dtype)
+
+
+_SCORES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _argument(x: _Text, template: str) -> str:
+    """A real in place of {x}: in parentheses, unless the only place is a function's argument."""
+    return x.real() if template.endswith("({x})") and template.count("{x}") == 1 else _wrapped(x.real())
+
+
+def _power(node: Node, base: _Text) -> _Text:
+    exponent = node.args[1]
+    if isinstance(exponent, bool) or not isinstance(exponent, (int, float)):
+        raise _Inexpressible
+    x = _wrapped(base.real())
+    texts = {0.5: f"sqrt({base.real()})", -0.5: f"1.0 / sqrt({base.real()})", -1: f"1.0 / {x}"}
+    texts |= {n: " * ".join([x] * n) for n in (2, 3, 4)}
+    if exponent not in texts:
+        raise _Inexpressible
+    return _Text("real", texts[exponent], False)
 
 
 def _is_absolute(value: Choice) -> bool:

@@ -28,6 +28,7 @@ from .algebra import (
     to_boolean,
     to_number,
 )
+from .formulas import OF_SCORES
 from .indices import ONE, ZERO, Index, broadcast_index, is_nonnegative, shape_exprs
 from .layouts import NO_GRAD, argument, layout_step, packet, rank, tensor
 from .products import Product, as_product, is_product
@@ -72,6 +73,16 @@ class Factor:
 
 
 @dataclasses.dataclass(frozen=True)
+class Function:
+    """``node[index]`` in place of ``source``, the scaled product; ``failure``: what to say if there is no formula."""
+
+    node: Node
+    index: Index
+    source: tuple[Node, Index]
+    failure: "NotScores"
+
+
+@dataclasses.dataclass(frozen=True)
 class Scores:
     """``scale * product`` with ``terms`` applied in order; ``nodes`` are the chain's interior, softmax side first.
 
@@ -79,7 +90,9 @@ class Scores:
     ``shifted`` says that what a softmax does not see was added (a number, a row's maximum), which a soft cap or a sink
     that comes after it would. ``sink`` is one more column that was joined to the scores, and ``along`` the index
     expressions that have to be the keys': where it was joined, and where a row's maximum was taken. ``factors`` are
-    tensors that scale the product as well.
+    tensors that scale the product as well. A ``function`` of the product may stand in place of a soft cap and factors.
+    ``linear`` is the last place in the chain where there is nothing but the product and ``scale``, ``shaped`` the last
+    one before anything is added.
     """
 
     product: Product
@@ -92,6 +105,9 @@ class Scores:
     sink: tuple[Node, Index] | sympy.Expr | None = None
     along: tuple[sympy.Expr, ...] = ()
     factors: tuple["Factor", ...] = ()
+    function: Function | None = None
+    linear: tuple[Node, Index, sympy.Expr] | None = None
+    shaped: tuple[Node, Index] | None = None
 
 
 class NotScores(Exception):
@@ -112,13 +128,21 @@ def read_scores(algebra: Algebra, node: Any, index: Index) -> Scores:
     key = (node, index)
     if key not in algebra.scores:
         try:
-            algebra.scores[key] = _read(algebra, node, index)
+            algebra.scores[key] = _placed(_read(algebra, node, index), node, index)
         except NotScores as failure:
             algebra.scores[key] = failure
     found = algebra.scores[key]
     if isinstance(found, NotScores):
         raise found
     return found
+
+
+def _placed(scores: Scores, node: Node, index: Index) -> Scores:
+    if scores.terms or scores.shifted or scores.sink is not None:
+        return scores
+    if scores.function is None and scores.softcap is None and not scores.factors:
+        scores = dataclasses.replace(scores, linear=(node, index, scores.scale))
+    return dataclasses.replace(scores, shaped=(node, index))
 
 
 def _read(algebra: Algebra, node: Any, index: Index) -> Scores:
@@ -149,6 +173,11 @@ def _read(algebra: Algebra, node: Any, index: Index) -> Scores:
         return _capped(algebra, node, index)
     if kind in (aten.maximum, aten.max, aten.clamp, aten.clamp_min) and len(node.args) == 2:
         return _raised(algebra, node, index)
+    if kind in OF_SCORES:
+        position, scores = _either(algebra, _operands(algebra, node, index))
+        return _function(
+            node, index, scores, NotScores(Reason.SCORE_OP, f"'{node.name}' ({node.target}) on the scores")
+        )
     if kind is aten.cat:
         return _joined(algebra, node, index)
     if kind in (aten.pad, aten.constant_pad_nd):
@@ -174,6 +203,16 @@ def _from_product(algebra: Algebra, node: Node, index: Index) -> Scores:
         added_index = broadcast_index(index, shape_exprs(tensor(product.added)))
         terms = _split_sum(algebra, product.added, added_index, beta, tensor(node).dtype)
     return Scores(product, alpha, terms, (node,), (str(packet(node)).partition(".")[2],))
+
+
+def _function(node: Node, index: Index, scores: Scores, failure: NotScores) -> Scores:
+    """Scores that became a function of themselves; raises ``failure`` if that cannot be one of the product alone."""
+    if scores.linear is None or scores.sink is not None or any(isinstance(t, Hidden) for t in scores.terms):
+        raise failure
+    *source, scale = scores.linear
+    function = Function(node, index, tuple(source), scores.function.failure if scores.function else failure)
+    changes = dict(function=function, scale=scale, terms=(), softcap=None, factors=(), shifted=False)
+    return _extend(scores, node, str(packet(node)).partition(".")[2], **changes)
 
 
 def _operands(algebra: Algebra, node: Node, index: Index) -> list[tuple[Any, Index]]:
@@ -218,11 +257,13 @@ def _scaled(algebra: Algebra, node: Node, index: Index) -> Scores:
         factor = to_number(algebra.value(*operands[1 - position]))
         is_divided = packet(node) is aten.div
         if is_divided and (position == 1 or node.kwargs.get("rounding_mode") is not None):
-            raise NotScores(Reason.SCORE_OP, f"'{node.name}' divides by the scores")
+            failure = NotScores(Reason.SCORE_OP, f"'{node.name}' divides by the scores")
+            return _function(node, index, scores, failure)
         if isinstance(factor, Choice) or algebra.space.indices_of(factor) or factor.has(Opaque):
             _check_no_sink(scores, node)
-            if scores.terms or scores.softcap is not None:
-                raise NotScores(Reason.TENSOR_SCALE, f"'{node.name}' scales more than a product by a tensor")
+            if scores.terms or scores.softcap is not None or scores.function is not None:
+                failure = NotScores(Reason.TENSOR_SCALE, f"'{node.name}' scales more than a product by a tensor")
+                return _function(node, index, scores, failure)
             tensors = (*scores.factors, Factor(*operands[1 - position], is_divided))
             return _extend(scores, node, "scale", factors=tensors)
         if is_divided:
@@ -230,6 +271,8 @@ def _scaled(algebra: Algebra, node: Node, index: Index) -> Scores:
                 raise NotScores(Reason.SCORE_OP, f"the divisor of '{node.name}' is zero")
             factor = 1 / factor
     _check_no_sink(scores, node)
+    if scores.function is not None:
+        return _function(node, index, scores, NotScores(Reason.SCORE_OP, f"'{node.name}' scales a function of scores"))
     terms = tuple(
         dataclasses.replace(t, coefficient=t.coefficient * factor)
         if isinstance(t, Added)
@@ -244,8 +287,9 @@ def _capped(algebra: Algebra, node: Node, index: Index) -> Scores:
     """tanh(s): a soft cap of one, which a factor on it makes larger."""
     scores = read_scores(algebra, node.args[0], index)
     _check_no_sink(scores, node)
-    if scores.terms or scores.shifted or scores.softcap is not None:
-        raise NotScores(Reason.SCORE_OP, f"'{node.name}' caps scores that are more than a scaled product")
+    if scores.terms or scores.shifted or scores.softcap is not None or scores.function is not None:
+        failure = NotScores(Reason.SCORE_OP, f"'{node.name}' caps scores that are more than a scaled product")
+        return _function(node, index, scores, failure)
     return _extend(scores, node, "softcap", softcap=ONE)
 
 
@@ -259,7 +303,8 @@ def _raised(algebra: Algebra, node: Node, index: Index) -> Scores:
     position, scores = _either(algebra, operands)
     least = algebra.value(*operands[1 - position])
     if isinstance(least, Choice) or not least.is_number or not least.is_finite or least > _BELOW_ANY_SCORE:
-        raise NotScores(Reason.SCORE_OP, f"'{node.name}' raises scores to something else than a hugely negative number")
+        what = f"'{node.name}' raises scores to something else than a hugely negative number"
+        return _function(node, index, scores, NotScores(Reason.SCORE_OP, what))
     _check_no_sink(scores, node)
     terms = tuple(
         dataclasses.replace(t, raised=True) if isinstance(t, Added) else dataclasses.replace(t, fill=max(t.fill, least))
@@ -275,7 +320,7 @@ def _added(algebra: Algebra, node: Node, index: Index) -> Scores:
     # add: a + alpha b; sub: a - alpha b; rsub: b - alpha a
     factors = {aten.add: [ONE, alpha], aten.sub: [ONE, -alpha], aten.rsub: [-alpha, ONE]}[packet(node)]
     if factors[position] != 1:
-        raise NotScores(Reason.SCORE_OP, f"'{node.name}' subtracts the scores")
+        return _function(node, index, scores, NotScores(Reason.SCORE_OP, f"'{node.name}' subtracts the scores"))
     other, other_index = operands[1 - position]
     maximum = maximum_of(other, operands[position][0]) if factors[1 - position] == -1 else None
     if maximum is not None:  # a softmax over the same keys does not see it, infinities and NaN included
@@ -413,14 +458,12 @@ def _hidden(algebra: Algebra, node: Node, index: Index) -> Scores:
         _check_no_sink(scores, node)
         fill = algebra.value(fill_node, fill_index)
         if isinstance(fill, Choice) or is_condition(fill) or not (fill.is_number or fill in (sympy.oo, -sympy.oo)):
-            raise NotScores(
-                Reason.FILL_VALUE, f"'{node.name}' writes something other than one number over hidden scores"
-            )
+            what = f"'{node.name}' writes something other than one number over hidden scores"
+            return _function(node, index, scores, NotScores(Reason.FILL_VALUE, what))
         fill = round_to(fill, tensor(node).dtype)
         if not is_low(fill):
-            raise NotScores(
-                Reason.FILL_VALUE, f"'{node.name}' writes {float(fill):g}, a mask has at most {MASK_THRESHOLD:g}"
-            )
+            what = f"'{node.name}' writes {float(fill):g}, a mask has at most {MASK_THRESHOLD:g}"
+            return _function(node, index, scores, NotScores(Reason.FILL_VALUE, what))
         return _extend(scores, node, "masked", terms=(*scores.terms, Hidden(*condition, hides, fill)))
     raise failure
 

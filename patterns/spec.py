@@ -1,7 +1,7 @@
 """AttentionSpec: the one description that the matcher writes and the planner reads.
 
 out[b, h, q] = softmax_k(cap(scale * q[b, h, q] . k[b, h // g, k]) + bias[b, h, q, k] where visible) @ v[b, h // g]
-with cap(x) = softcap * tanh(x / softcap), or x without a softcap, and g query heads to a key/value head.
+with cap(x) = softcap * tanh(x / softcap), or a formula of x, or x itself, and g query heads to a key/value head.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class Operand:
 
 @dataclasses.dataclass(frozen=True)
 class Formula:
-    """A mask or bias over positions as `kernels/formulas.py` has it; ``tables`` are those named t0, t1, ... in it."""
+    """A mask, a bias or what becomes of a score as `kernels/formulas.py` has it; ``tables`` are its t0, t1, ..."""
 
     text: str
     tables: tuple[Operand, ...]
@@ -149,6 +149,8 @@ class AttentionSpec:
     form: str
     is_sdpa: bool = False
     softcap: float | None = None
+    score: Formula | None = None  # in place of a soft cap
+    no_score: Rejected | None = None  # what to say of it where nothing computes functions of a score
     q_factors: tuple[tuple[Operand, bool], ...] = ()  # that q is multiplied by, or divided by if True; none has keys
     float8: Float8 | None = None
     not_float8: str = ""  # why it is None although one of the operands is in 8 bits

@@ -41,6 +41,9 @@ def eager(
     scores = q @ k.mT * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if formulas.score:
+        scores = evaluate(formulas.score, formulas.tables, scores.shape, torch.float32, q.device, scores.float())
+        scores = scores.to(q.dtype)
     if bias is not None:
         scores = scores + bias.to(q.dtype)
     if formulas.bias:
@@ -129,16 +132,23 @@ def drawn(seed):
         options["seed"] = torch.randint(0, 2**63 - 1, (1,), device="cuda")
         options["dropout_p"] = pick.choice([0.1, 0.5])
     if pick.random() < 0.3:
-        options["formulas"] = drawn_formulas(pick, b, hq, sq, sk, dtype)
+        options["formulas"] = drawn_formulas(pick, b, hq, sq, sk, dtype, "softcap" not in options)
     return (q, k, v), options
 
 
-def drawn_formulas(pick, b, h, sq, sk, dtype):
-    """A bias, a mask or both, of the kinds that models have."""
+def drawn_formulas(pick, b, h, sq, sk, dtype, of_scores):
+    """A bias, a mask or both, of the kinds that models have; or, if `of_scores`, what becomes of the scores."""
     some = lambda *sizes: [pick.choice([1, size]) for size in sizes]  # noqa: E731
     slopes = torch.rand(*some(b, h), 1, 1, device="cuda").to(pick.choice([dtype, torch.float32]))
     integer = pick.choice([torch.int64, torch.int32, torch.uint8])
     documents = lambda *shape: torch.randint(0, 3, shape, device="cuda").sort(-1).values.to(integer)  # noqa: E731
+    if of_scores and pick.random() < 0.4:
+        text = pick.choice([
+            "where(s > 1.5, 1.5, where(s < -1.5, -1.5, s))", "where(s <= 0.0, 0.0, s)", "2.0 * tanh(s / 2.0)",
+            "s * exp(-0.02 * real(t0) * abs(real(k) - real(q)))", "where(k > q, 0.0, s)", "s * sigmoid(s + real(t0))",
+            "log(1.0 + exp(s)) - real(t0)", "where(s > 0.0, s, 0.2 * s)", "abs(s) * real(t0)", "1.0 - s * s / 4.0",
+        ])  # fmt: skip
+        return Formulas("", *pick.choice([("", (slopes,)), ("k <= q + 50", (slopes,))]), text)
     bias, mask, tables = pick.choice([
         ("real(t0) * (real(k) - real(q))", "", lambda: [slopes]),
         ("-0.5 * real(t0) * abs(real(q) - real(k))", "", lambda: [slopes]),

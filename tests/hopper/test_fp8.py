@@ -73,7 +73,7 @@ def drawn(seed):
     if pick.random() < 0.2:
         options["sinks"] = torch.randn(hq, device="cuda", dtype=pick.choice([dtype, torch.float32]))
     if pick.random() < 0.3:
-        options["formulas"] = drawn_formulas(pick, b, hq, sq, sk, dtype)
+        options["formulas"] = drawn_formulas(pick, b, hq, sq, sk, dtype, "softcap" not in options)
     return (q, k, v), options
 
 

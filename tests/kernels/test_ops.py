@@ -203,10 +203,10 @@ def test_dropout(masked):
 
 
 def of_formulas():
-    """bias_formula, mask_formula and tables, and the bias, in float64, and mask that they are."""
+    """The operators' last arguments, and the bias, in float64, and mask that they are."""
     slopes, document = torch.rand(1, 4, 1, 1), (torch.arange(32).view(2, 1, 1, 16) // 5)
     q, k = torch.arange(16)[:, None], torch.arange(16)
-    formulas = "real(t0) * (real(k) - real(q))", "t1 == t2", slopes, document.mT, document
+    formulas = "real(t0) * (real(k) - real(q))", "t1 == t2", "", slopes, document.mT, document
     return formulas, slopes.double() * (k - q), document.mT == document
 
 
@@ -228,9 +228,47 @@ def test_formulas_are_the_tensors_that_they_stand_for():
     torch.testing.assert_close(ours, theirs)
 
 
+SCORES = {  # a formula of the scores, with tables [1, 4, 1, 1] and [2, 1, 1, 16]; and the same in PyTorch
+    "where(s > 0.5, 0.5, where(s < -0.5, -0.5, s))": lambda s, q, k, a, b: s.clamp(-0.5, 0.5),
+    "where(s <= 0.0, 0.0, s) * real(t0) - s / real(t1)": lambda s, q, k, a, b: s.relu() * a - s / b,
+    "tanh(s + real(t1)) * sigmoid(2.0 * s)": lambda s, q, k, a, b: (s + b).tanh() * (2 * s).sigmoid(),
+    "s * exp(-real(t0) * abs(real(q) - real(k)))": lambda s, q, k, a, b: s * (-a * (q - k).abs()).exp(),
+    "where(k > q, 0.25, -s * s) + abs(s)": lambda s, q, k, a, b: (-s * s).masked_fill(k > q, 0.25) + s.abs(),
+    "maximum(s, -0.1) + minimum(exp(s), real(t1))": lambda s, q, k, a, b: s.clamp(min=-0.1) + torch.minimum(s.exp(), b),
+    "log(1.0 + exp(s)) + sqrt(s * s + 1.0) / (2.0 + s * s)": lambda s, q, k, a, b: (
+        (1 + s.exp()).log() + (s * s + 1).sqrt() / (2 + s * s)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SCORES)
+def test_formulas_of_scores(text):
+    """Forward and gradients, beside a window."""
+    tables = torch.rand(1, 4, 1, 1) + 0.5, torch.rand(2, 1, 1, 16) + 0.5
+    q, k, v = leaves = qkv(dtype=torch.float64)
+    rest = (0.25, None, 2, "reference", None, None, None, 0.0, False, "", "", text, *tables)
+    out, _ = attention(*leaves, None, None, *rest)
+    rows, columns = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+    group = q.shape[1] // k.shape[1]
+    scores = SCORES[text](q @ k.repeat_interleave(group, 1).mT * 0.25, rows, columns, *(x.double() for x in tables))
+    expected = scores.masked_fill(columns > rows + 2, float("-inf")).softmax(-1) @ v.repeat_interleave(group, 1)
+    torch.testing.assert_close(out, expected)
+    dout = torch.randn_like(out)
+    ours, theirs = (torch.autograd.grad(x, leaves, dout) for x in (out, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_formula_of_scores_takes_the_place_of_a_soft_cap():
+    leaves, options = qkv(), (*arguments("causal"), None, None, None, 0.0, False)
+    formula = attention(*leaves, *options, "", "", "30.0 * tanh(s / 30.0)")
+    torch.testing.assert_close(formula, attention(*leaves, *arguments("causal"), 30.0))
+    with pytest.raises(ValueError, match="a bias or of a mask names the score"):
+        attention(*leaves, *options, "s", "")
+
+
 def test_tables_have_no_gradient():
     formulas, _, _ = of_formulas()
-    formulas[2].requires_grad_()
+    formulas[3].requires_grad_()
     with pytest.raises(NotImplementedError, match="tables of formulas have no gradient"):
         attention(*qkv(), *arguments("causal"), None, None, None, 0.0, False, *formulas)
 

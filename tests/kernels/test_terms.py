@@ -43,8 +43,8 @@ def fake_gl(reads):
     return types.SimpleNamespace(
         load=load, int64=torch.int64, float32=torch.float32, exp2=torch.exp2, where=torch.where,
         minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)), maximum=torch.maximum,
-        abs=torch.abs, exp=torch.exp, log=torch.log, sqrt=torch.sqrt, multiple_of=lambda x, n: x, constexpr=bool,
-        inline_asm_elementwise=approximate_reciprocal,
+        abs=lambda x: torch.abs(torch.as_tensor(x)), exp=torch.exp, log=torch.log, sqrt=torch.sqrt,
+        multiple_of=lambda x, n: x, constexpr=bool, inline_asm_elementwise=approximate_reciprocal,
     )  # fmt: skip
 
 
@@ -158,6 +158,54 @@ def test_formulas_beside_tensors():
     assert program.without_mask() == terms.ScoreProgram(2.0, program.terms[:2], formulas.bias)
 
 
+SCORES = [  # a formula of the scores, and the same in PyTorch
+    ("where(s > 1.0, 1.0, where(s < -1.0, -1.0, s))", lambda s: s.clamp(-1, 1)),
+    ("3.0 * tanh(s / 3.0)", lambda s: 3 * (s / 3).tanh()),
+    ("s * exp(-real(t0) * abs(real(q) - real(k)))", lambda s: s * (-SLOPES * (ROWS - COLUMNS).abs()).exp()),
+    ("sigmoid(s) * real(t0) - log(1.0 + s * s)", lambda s: s.sigmoid() * SLOPES - (1 + s * s).log()),
+    ("where(k > q, 0.0, -s)", lambda s: (-s).masked_fill(COLUMNS > ROWS, 0.0)),
+    ("maximum(abs(s), sqrt(s * s + 1.0) - 0.5)", lambda s: torch.maximum(s.abs(), (s * s + 1).sqrt() - 0.5)),
+    ("1.0 / s", lambda s: 1 / s),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, function", SCORES, ids=[text for text, _ in SCORES])
+def test_formulas_of_scores(text, function):
+    torch.manual_seed(0)
+    products, bias = torch.randn(*SHAPE) * 5, operand("bias", "hqk", "contiguous")
+    formulas = Formulas("", "t1 == t2", (SLOPES, OF_QUERIES, OF_KEYS), text)
+    check(formulas, SHAPE)
+    got, _, program = scores_by_program(products, bias, None, None, formulas)
+    want = (function(products * SCALE) + bias).masked_fill(OF_QUERIES != OF_KEYS, -math.inf)
+    torch.testing.assert_close(got, want)
+    # Where no key is hidden, the tables of a score are still there.
+    count = 1 + ("t0" in text)
+    assert program.without_mask() == terms.ScoreProgram(None, program.terms[:count], "", "", text)
+
+
+@pytest.mark.parametrize("text, function", SCORES, ids=[text for text, _ in SCORES])
+def test_derivatives_of_scores(text, function):
+    """What the backward's program returns beside the scores; and scores past the last query weigh nothing."""
+    torch.manual_seed(0)
+    program, operands = terms.program_of(None, None, None, SHAPE, Formulas("", "", (SLOPES,), text))
+    load, apply, _ = terms.functions(program, backward=True)
+    gl = fake_gl([])
+    load, apply = (types.FunctionType(f.fn.__code__, {"gl": gl, "float": float}) for f in (load, apply))
+    operands = tuple((Pointer(tensor), *strides) for tensor, *strides in operands)
+    rows, columns = torch.arange(SEQLEN_Q + 8), torch.arange(SEQLEN_K)
+    products = torch.randn(SEQLEN_K, SEQLEN_Q + 8)
+    products[:, SEQLEN_Q:] = 0.0
+    at = torch.tensor(1), torch.tensor(2)
+    loaded = load(operands, *at, rows, columns, SEQLEN_Q, SEQLEN_K, False)
+    scores, slope = apply(products, SCALE * LOG2E, loaded)
+    scaled = (products[:, :SEQLEN_Q].mT * SCALE).double().requires_grad_()
+    want = function(scaled.expand(*SHAPE))[1, 2]
+    torch.testing.assert_close(scores[:, :SEQLEN_Q].mT / LOG2E, want.float())
+    (grad,) = torch.autograd.grad(want.sum(), scaled)
+    torch.testing.assert_close(slope[:, :SEQLEN_Q].mT, grad.float(), rtol=1e-4, atol=1e-5)
+    assert (scores[:, SEQLEN_Q:] == -math.inf).all() and slope.isfinite().all()
+
+
 @pytest.mark.parametrize("text, problem", [
     ("q +", "is no expression"),
     ("__import__('os')", "has .*__import__"),
@@ -177,6 +225,9 @@ def test_what_is_no_formula(text, problem):
 
 @pytest.mark.parametrize("formulas, problem", [
     (Formulas("real(t1)", "", (SLOPES,)), "1 tables name t1"),
+    (Formulas("", "", (SLOPES,), "s * real(t2)"), "1 tables name t2"),
+    (Formulas("s + 1.0"), "bias or of a mask names the score"),
+    (Formulas("", "s > 0.0"), "bias or of a mask names the score"),
     (Formulas("real(t0)", "", (torch.ones(5),)), "does not broadcast"),
     (Formulas("real(t0)", "", (torch.ones(SEQLEN_Q, SEQLEN_K),)), "varies along queries and keys both"),
     (Formulas("real(t0)", "", (SLOPES.double(),)), "is torch.float64"),

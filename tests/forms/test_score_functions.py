@@ -1,0 +1,226 @@
+"""Functions of the scores that nobody listed: written as a formula for the kernels, forward and backward."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fa3_inductor import Reason, plan
+
+from .harness import assert_as_good_as_eager, fuse, run
+
+B, H, S, D = 2, 4, 23, 16
+
+
+def qkv():
+    """Numbers that bfloat16 has: where a derivative jumps, roundings would tell the one side from the other."""
+    return list((torch.randn(3, B, H, S, D) * 1.5).bfloat16().float().unbind())
+
+
+def attend(function):
+    """Attention whose scores become `function` of them."""
+
+    def attention(q, k, v, *more):
+        scores = q @ k.mT * 0.25
+        return function(scores, *more).to(v.dtype).softmax(-1) @ v
+
+    return attention
+
+
+def silu(s):
+    return s * torch.sigmoid(s)
+
+
+def decay(s):
+    i, j = torch.arange(S)[:, None], torch.arange(S)
+    return (s * torch.exp(-0.1 * (i - j).abs())).masked_fill(j > i, -math.inf)
+
+
+def capped_sum(s):
+    return 3 * torch.tanh(s + 0.1 * torch.arange(S))
+
+
+def neutral(s):
+    return s.masked_fill(torch.ones(S, S, dtype=torch.bool).triu(1), 0.0)
+
+
+def gated(s, gate):
+    return s.relu() * gate.view(H, 1, 1)
+
+
+def of_keys(s, weight):
+    return s * weight[:, None, None, :]
+
+
+def hardly_hidden(s, hidden):
+    """A mask by a number that is not low enough for one."""
+    return s.masked_fill(hidden[:, None, None, :], -10.0)
+
+
+FUNCTIONS = {  # what scores become, and arguments beside q, k and v
+    "where(s > 1.0, 1.0, where(s < -1.0, -1.0, s))": (lambda s: s.clamp(-1, 1), ()),
+    "where(s > 0.5, 0.5, s)": (lambda s: s.clamp(max=0.5), ()),
+    "where(s < -2.0, -2.0, s)": (lambda s: torch.clamp_min(s, -2.0), ()),
+    "where(s <= -1.0, -1.0, where(s >= 1.0, 1.0, s))": (F.hardtanh, ()),
+    "where(s <= 0.0, 0.0, s)": (F.relu, ()),
+    "where(s > 0.0, s, s * 0.2)": (lambda s: F.leaky_relu(s, 0.2), ()),
+    "s * sigmoid(s)": (silu, ()),
+    "-(s * s)": (lambda s: -(s**2), ()),
+    "1.0 - s": (lambda s: 1.0 - s, ()),
+    "abs(s)": (torch.abs, ()),
+    "(1.0 / (exp(s) + 1.0)) * 1.0": (lambda s: 1 / (1 + torch.exp(s)), ()),
+    "where(s > 0.0, 1.0 * s, 1.0 * 1.0 * (exp(1.0 * s) - 1.0))": (F.elu, ()),
+    "where(1.0 * s > 20.0, s, log(1.0 + exp(1.0 * s)) / 1.0)": (F.softplus, ()),
+    "s * exp(abs(real(q) - real(k)) * (-0.1))": (decay, ()),
+    "tanh(s + real(t0)) * 3.0": (capped_sum, ()),
+    "where(k >= (1 + q), 0.0, s)": (neutral, ()),
+    "where(s <= 0.0, 0.0, s) * real(t0)": (gated, (lambda: torch.linspace(-1, 1, H).double(),)),
+    "s * real(t0)": (of_keys, (lambda: torch.rand(B, S).double(),)),
+    "where(t0 != 0, -10.0, s)": (hardly_hidden, (lambda: torch.rand(B, S) > 0.3,)),
+}
+
+
+def arguments(more):
+    return [*qkv(), *(make() for make in more)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("text", FUNCTIONS)
+def test_fused(text, dtype):
+    """Forward and every gradient, with the formula in the report."""
+    function, more = FUNCTIONS[text]
+    fn = attend(function)
+    trains = not any(make().is_floating_point() for make in more)
+    args = arguments(more)
+    compiled, report = fuse(fn, target="reference")
+    ours, eager, exact = (run(f, args, d, trains) for f, d in ((compiled, dtype), (fn, dtype), (fn, torch.float64)))
+    assert_as_good_as_eager(ours, eager, exact, dtype)
+    (site,) = report.sites
+    assert (site.status, site.detail) == ("fused", f"scores become {text}"), site.verdict
+    assert site.mask == ("causal" if function is decay else "full")
+
+
+@pytest.mark.parametrize("text", FUNCTIONS)
+def test_as_planned_for_hopper(text, monkeypatch):
+    monkeypatch.setattr(plan, "_not_hopper", lambda device: None)
+    seen = []
+    monkeypatch.setattr(plan, "_kernel_name", lambda spec, *_: seen.append(spec.score.text) or "kernel")
+    function, more = FUNCTIONS[text]
+    compiled, report = fuse(attend(function))
+    run(compiled, arguments(more), torch.bfloat16, False)
+    assert [s.status for s in report.sites] == ["fused"] and seen == [text]
+
+
+@pytest.mark.parametrize("text", FUNCTIONS)
+def test_left_as_written_where_there_is_no_kernel(text):
+    function, more = FUNCTIONS[text]
+    args = arguments(more)
+    compiled, report = fuse(attend(function))
+    torch.testing.assert_close(run(compiled, args, torch.float32).out, run(attend(function), args, torch.float32).out)
+    (site,) = report.sites
+    assert site.status == "rejected" and "no kernel, which would compute it: cpu tensors" in site.detail
+
+
+def test_learned(monkeypatch):
+    """What a function has of its own is no part of the kernels' gradients."""
+    fn, args = attend(gated), arguments((lambda: torch.ones(H),))
+    compiled, report = fuse(fn, target="reference")
+    ours, eager = (run(f, args, torch.float32) for f in (compiled, fn))
+    torch.testing.assert_close([ours.out, *ours.grads], [eager.out, *eager.grads])
+    (site,) = report.sites
+    assert (site.status, site.reason) == ("rejected", Reason.SCORE_OP) and "has a gradient" in site.detail
+
+
+def fed_back(s):
+    return s + s.mean(-1, keepdim=True)
+
+
+def transposed(s):
+    return torch.relu(s + s.mT)
+
+
+def half_detached(s):
+    return s * torch.sigmoid(s.detach())
+
+
+def rounded(s):
+    return torch.round(s)
+
+
+def jumping(s):
+    """Where it jumps, what is rounded differently comes out on another side."""
+    return torch.where(s > 0, 1.0, 0.0)
+
+
+def by_rank(s):
+    return s - s.argsort(-1).to(s.dtype)
+
+
+def of_all(s):
+    return s * torch.linspace(0, 1, S * S).view(S, S).sin()
+
+
+def after_a_mask(s):
+    return s.masked_fill(torch.ones(S, S, dtype=torch.bool).triu(1), -math.inf).relu()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [fed_back, transposed, half_detached, rounded, jumping, by_rank, of_all, after_a_mask],
+    ids=lambda f: f.__name__,
+)
+def test_refused(function):
+    fn, args = attend(function), qkv()
+    compiled, report = fuse(fn, target="reference")
+    ours, eager = (run(f, args, torch.float32) for f in (compiled, fn))
+    torch.testing.assert_close([ours.out, *ours.grads], [eager.out, *eager.grads])
+    assert [s.status for s in report.sites] in ([], ["rejected"])
+
+
+def test_what_is_returned_stays():
+    def fn(q, k, v):
+        s = torch.relu(q @ k.mT)
+        return s.softmax(-1) @ v, s
+
+    compiled, report = fuse(fn, target="reference")
+    args = qkv()
+    torch.testing.assert_close(compiled(*args), fn(*args))
+    assert [s.reason for s in report.sites] == [Reason.SCORES_USED]
+
+
+def test_one_query():
+    """A query axis of size one has no index: what is a score must not be taken for a tensor beside it."""
+
+    def fn(q, k, v):
+        return (torch.relu(q[:, :, -1:] @ k.mT) * torch.arange(S)).softmax(-1) @ v
+
+    compiled, report = fuse(fn, target="reference")
+    args = qkv()
+    torch.testing.assert_close(compiled(*args), fn(*args))
+    assert [s.detail for s in report.sites] == ["scores become where(s <= 0.0, 0.0, s) * real(k)"]
+
+
+def capped_and_masked(function):
+    def fn(q, k, v, keep):
+        scores = function(q @ k.mT * 0.25)
+        return (scores + torch.where(keep[:, None, None], 0.0, torch.finfo(scores.dtype).min)).softmax(-1) @ v
+
+    return fn
+
+
+@pytest.mark.parametrize("function", [lambda s: 2 * torch.tanh(s / 2), F.relu], ids=["soft cap", "relu"])
+def test_a_query_with_every_key_masked(function):
+    """By a finite number: its weights are equal, and its gradient has the function's derivative in it."""
+    fn, keep = capped_and_masked(function), torch.rand(B, S) > 0.3
+    keep[1] = False
+    for grads in (False, True):
+        compiled, report = fuse(fn, target="reference")
+        ours, eager = (run(f, [*qkv_of(0), keep], torch.float32, grads) for f in (compiled, fn))
+        torch.testing.assert_close([ours.out, *ours.grads], [eager.out, *eager.grads])
+        assert [s.reason for s in report.sites] == [Reason.EMPTY_ROWS if grads else None]
+
+
+def qkv_of(seed):
+    torch.manual_seed(seed)
+    return qkv()
