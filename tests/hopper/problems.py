@@ -5,6 +5,7 @@ dtype (gradients: twice), plus one rounding of the result.
 """
 
 import math
+import os
 import random
 
 import torch
@@ -102,22 +103,40 @@ def lies_like(x, y):
 HEAD_DIMS = [8, 16, 40, 64, 64, 72, 96, 128, 128, 160, 192, 256]
 
 
-def drawn(seed):
-    """A random problem: q, k, v and the options of attention_forward."""
+# How often the sizes of a drawn problem are drawn again: what else there is of it is compiled once.
+SIZES = range(int(os.environ.get("FA3_INDUCTOR_SIZES", "4")))
+
+
+def drawn_sizes(seed, again):
+    """b, (hq, hkv), sq, sk, the right edge of a window, and where numbers come from that nothing is compiled for."""
+    size = random.Random(f"{seed} {again}")
+    torch.manual_seed(seed + 1_000_003 * again)
+    b, heads = size.choice([1, 2, 3]), size.choice([(1, 1), (3, 3), (8, 2), (5, 1)])
+    sq = size.choice(LENGTHS)
+    sk = sq if size.random() < 0.3 else size.choice(LENGTHS)
+    return b, heads, sq, sk, size.randint(-sq - 1, sk + 1)
+
+
+def drawn(seed, again):
+    """A random problem: q, k, v and the options of attention_forward. `again` draws other sizes of it."""
     pick = random.Random(seed)
-    torch.manual_seed(seed)
+    b, (hq, hkv), sq, sk, edge = drawn_sizes(seed, again)
     d, dtype = pick.choice(HEAD_DIMS), pick.choice([torch.bfloat16, torch.float16])
     dv = pick.choice([d, d, pick.choice(HEAD_DIMS)])
-    b = pick.choice([1, 2, 3])
-    hq, hkv = pick.choice([(1, 1), (3, 3), (8, 2), (5, 1)])
-    sq = pick.choice(LENGTHS)
-    sk = sq if pick.random() < 0.3 else pick.choice(LENGTHS)
     q = make(pick.choice(LAYOUTS), b, hq, sq, d, dtype)
     k, v = make(pick.choice(LAYOUTS), b, hkv, sk, d, dtype), make(pick.choice(LAYOUTS), b, hkv, sk, dv, dtype)
+    options = drawn_options(pick, b, hq, sq, sk, edge, dtype)
+    options["scale"] = pick.choice([d**-0.5, 0.02, 0.5 * d**-0.5])
+    if pick.random() < 0.2:
+        options["seed"] = torch.randint(0, 2**63 - 1, (1,), device="cuda")
+        options["dropout_p"] = pick.choice([0.1, 0.5])
+    return (q, k, v), options
+
+
+def drawn_options(pick, b, hq, sq, sk, edge, dtype):
+    """A window and terms on the scores, of those that all of the forward kernels take."""
     options = dict(
-        scale=pick.choice([d**-0.5, 0.02, 0.5 * d**-0.5]),
-        window_left=pick.choice([None, None, None, 0, 100, sq, -5]),
-        window_right=pick.choice([None, 0, sk - sq, pick.randint(-sq - 1, sk + 1)]),
+        window_left=pick.choice([None, None, None, 0, 100, sq, -5]), window_right=pick.choice([None, 0, sk - sq, edge])
     )
     some = lambda *sizes: [pick.choice([1, size, size]) for size in sizes]  # noqa: E731
     if pick.random() < 0.3:
@@ -128,12 +147,9 @@ def drawn(seed):
         options["softcap"] = pick.choice([1.0, 30.0])
     if pick.random() < 0.2:
         options["sinks"] = torch.randn(hq, device="cuda", dtype=pick.choice([dtype, torch.float32]))
-    if pick.random() < 0.2:
-        options["seed"] = torch.randint(0, 2**63 - 1, (1,), device="cuda")
-        options["dropout_p"] = pick.choice([0.1, 0.5])
     if pick.random() < 0.3:
         options["formulas"] = drawn_formulas(pick, b, hq, sq, sk, dtype, "softcap" not in options)
-    return (q, k, v), options
+    return options
 
 
 def drawn_formulas(pick, b, h, sq, sk, dtype, of_scores):

@@ -20,7 +20,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
 from fa3_inductor.kernels import fp8, launch
 from fa3_inductor.kernels.fp8 import attention_fp8, attention_quantised, tile_for
 
-from .problems import HEAD_DIMS, LENGTHS, MASKS, S, drawn_formulas, lies_like, make
+from .problems import HEAD_DIMS, MASKS, SIZES, S, drawn_options, drawn_sizes, lies_like, make
 
 E4M3 = torch.float8_e4m3fn
 
@@ -47,33 +47,16 @@ def error(got, exact):
     return ((got - exact).norm() / exact.norm().clamp_min(1e-12)).item()
 
 
-def drawn(seed):
+def drawn(seed, again):
     """A random problem: q, k, v in BF16 or FP16 and the options of attention_quantised."""
     pick = random.Random(seed)
-    torch.manual_seed(seed)
+    b, (hq, hkv), sq, sk, edge = drawn_sizes(seed, again)
     d = pick.choice([64, 64, 128, 128, 256, 256, 16, 40, 72, 80, 96, 160, 192])
     dv, dtype = pick.choice([d, d, pick.choice(HEAD_DIMS)]), pick.choice([torch.bfloat16, torch.float16])
-    b, (hq, hkv) = pick.choice([1, 2, 3]), pick.choice([(1, 1), (3, 3), (8, 2), (5, 1)])
-    sq = pick.choice(LENGTHS)
-    sk = sq if pick.random() < 0.3 else pick.choice(LENGTHS)
     q = make(pick.choice(["bhsd", "bshd", "packed", "padded", "misaligned", "strided"]), b, hq, sq, d, dtype)
     k, v = (make(pick.choice(["bhsd", "bshd", "packed", "expanded"]), b, hkv, sk, n, dtype) for n in (d, dv))
-    options = dict(
-        scale=pick.choice([d**-0.5, 0.02]),
-        window_left=pick.choice([None, None, None, 0, 100, sq, -5]),
-        window_right=pick.choice([None, 0, sk - sq, pick.randint(-sq - 1, sk + 1)]),
-    )
-    some = lambda *sizes: [pick.choice([1, size, size]) for size in sizes]  # noqa: E731
-    if pick.random() < 0.3:
-        options["bias"] = torch.randn(some(b, hq, sq, sk), device="cuda", dtype=pick.choice([dtype, torch.float32]))
-    if pick.random() < 0.3:
-        options["mask"] = torch.rand(some(b, hq, sq, sk), device="cuda") > 0.3
-    if pick.random() < 0.2:
-        options["softcap"] = pick.choice([1.0, 30.0])
-    if pick.random() < 0.2:
-        options["sinks"] = torch.randn(hq, device="cuda", dtype=pick.choice([dtype, torch.float32]))
-    if pick.random() < 0.3:
-        options["formulas"] = drawn_formulas(pick, b, hq, sq, sk, dtype, "softcap" not in options)
+    options = drawn_options(pick, b, hq, sq, sk, edge, dtype)
+    options["scale"] = pick.choice([d**-0.5, 0.02])
     return (q, k, v), options
 
 
@@ -85,9 +68,13 @@ def as_good(out, reference, exact):
 
 @pytest.mark.parametrize("seed", range(120))
 def test_of_float8_operands(seed):
-    (q, k, v), options = drawn(seed)
-    if q.shape[3] % 16:
-        return
+    for again in SIZES:
+        (q, k, v), options = drawn(seed, again)
+        if q.shape[3] % 16 == 0:
+            check_float8_operands(seed, q, k, v, options)
+
+
+def check_float8_operands(seed, q, k, v, options):
     pick = random.Random(seed)
     q, k, v = (x.to(E4M3) for x in (q, k, v))
     b = q.shape[0]
@@ -110,7 +97,12 @@ def test_of_float8_operands(seed):
 
 @pytest.mark.parametrize("seed", range(120))
 def test_of_rounded_operands(seed):
-    (q, k, v), options = drawn(seed + 1000)
+    for again in SIZES:
+        check_rounded_operands(seed, *drawn(seed + 1000, again))
+
+
+def check_rounded_operands(seed, qkv, options):
+    q, k, v = qkv
     signs = random.Random(seed).choice([None, 0, 7])
     out, lse = attention_quantised(q, k, v, **options, seed=signs)
     blocks = fp8.blocks(q, v, signs, any(n in options for n in ("bias", "mask", "softcap", "formulas")))

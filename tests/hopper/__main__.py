@@ -1,0 +1,69 @@
+"""One small call of every kernel, for compute-sanitizer:
+
+    compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 python -m tests.hopper
+
+and the same with --tool racecheck.
+"""
+
+import torch
+
+from fa3_inductor.kernels.backward import attention_backward
+from fa3_inductor.kernels.formulas import Formulas
+from fa3_inductor.kernels.forward import attention_forward
+from fa3_inductor.kernels.fp8 import attention_fp8, attention_quantised
+
+BATCH, Q_HEADS, KV_HEADS, SEQLEN_Q, SEQLEN_K = 2, 4, 2, 200, 333
+
+
+def rand(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def cases() -> list[tuple[int, int, dict]]:
+    """head_dim, head_dim_v and options."""
+    mask = torch.rand(BATCH, 1, SEQLEN_Q, SEQLEN_K, device="cuda") > 0.3
+    bias = rand(1, Q_HEADS, SEQLEN_Q, SEQLEN_K)
+    document = torch.arange(SEQLEN_K, device="cuda").view(1, 1, 1, -1) // 100
+    documents = Formulas("", "t0 == t1", (document[..., :SEQLEN_Q].mT, document))
+    return [
+        (64, 64, {}),
+        (64, 64, dict(mask=mask)),
+        (64, 64, dict(seed=torch.tensor([5], device="cuda"), dropout_p=0.2)),
+        (40, 24, dict(sinks=rand(Q_HEADS))),
+        (64, 64, dict(deterministic=True)),
+        (128, 128, dict(window_right=0)),
+        (128, 128, dict(bias=bias)),
+        (128, 128, dict(formulas=documents, window_right=SEQLEN_K - SEQLEN_Q)),
+        (128, 128, dict(formulas=Formulas("", "", (), "where(s > 0.5, 0.5, s)"))),
+        (128, 128, dict(window_right=0, deterministic=True)),
+        (192, 128, dict(window_right=0)),
+        (256, 256, dict(window_left=70, window_right=0)),
+        (256, 256, dict(mask=mask, softcap=5.0)),
+        (256, 256, dict(deterministic=True)),
+    ]
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    one = torch.ones(1, 1, device="cuda")
+    for head_dim, head_dim_v, options in cases():
+        q, k = rand(BATCH, Q_HEADS, SEQLEN_Q, head_dim), rand(BATCH, KV_HEADS, SEQLEN_K, head_dim)
+        v, dout = rand(BATCH, KV_HEADS, SEQLEN_K, head_dim_v), rand(BATCH, Q_HEADS, SEQLEN_Q, head_dim_v)
+        options = dict(options, scale=0.1)
+        bias, mask = options.pop("bias", None), options.pop("mask", None)
+        deterministic, sinks = options.pop("deterministic", False), options.pop("sinks", None)
+        out, lse = attention_forward(q, k, v, bias, mask, sinks=sinks, **options)
+        attention_backward(
+            dout, q, k, v, bias, mask, out, lse, bias_grad=bias is not None, deterministic=deterministic, **options
+        )
+        if "seed" not in options and not deterministic:
+            attention_quantised(q, k, v, bias, mask, sinks=sinks, **options)
+            if head_dim % 16 == 0:
+                eighths = (x.to(torch.float8_e4m3fn) for x in (q, k, v))
+                attention_fp8(*eighths, one, one, one, bias, mask, sinks=sinks, **options)
+        torch.cuda.synchronize()
+        print(head_dim, head_dim_v, *options, flush=True)
+
+
+if __name__ == "__main__":
+    main()
