@@ -104,7 +104,7 @@ HEAD_DIMS = [8, 16, 40, 64, 64, 72, 96, 128, 128, 160, 192, 256]
 
 
 # How often the sizes of a drawn problem are drawn again: what else there is of it is compiled once.
-SIZES = range(int(os.environ.get("FA3_INDUCTOR_SIZES", "4")))
+SIZES = range(int(os.environ.get("FA3_INDUCTOR_SIZES", "1")))
 
 
 def drawn_sizes(seed, again):
