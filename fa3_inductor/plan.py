@@ -39,6 +39,11 @@ def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: 
     empty = spec.empty
     if relaxed_empty_rows and empty is not Empty.IMPOSSIBLE:
         empty = Empty.ZERO
+    if empty is Empty.NAN_SOME:
+        if trains:
+            what = "masks that add -inf to the scores beside masks that write it over them, in training"
+            raise Rejected(Reason.EMPTY_ROWS, f"{what}; config.empty_rows = 'relaxed' accepts zeros there")
+        empty = Empty.NAN_SCORES
     if trains and empty is Empty.MEAN_SCORES and not (spec.softcap is None and spec.score is None):
         what = "a soft cap or another function of the scores in the gradient of a query with every key masked"
         raise Rejected(Reason.EMPTY_ROWS, f"{what}; config.empty_rows = 'relaxed' accepts zeros there")
@@ -47,10 +52,17 @@ def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: 
     in_8_bits = not_8_bits = ""
     if requested == "reference" or (requested != "sdpa" and _not_hopper(tensors["q"].device) is None):
         in_8_bits, not_8_bits = _fp8(spec, tensors, empty, fp8, trains)
-    if requested == "reference" and spec.dropout_p < 1:
+    hides_by_numbers = (
+        spec.is_sdpa
+        and trains
+        and any(t.kind is TermKind.BIAS and not t.ordinary and passes_gradient_on(t.operand.node) for t in spec.terms)
+    )
+    if requested == "reference" and spec.dropout_p < 1 and not hides_by_numbers:
         operator = _FP8_OPERATORS.get(in_8_bits, "fa3::attention")
         return Plan("reference", f"{operator} (PyTorch)", empty, not_8_bits, in_8_bits)
-    if requested == "reference":
+    if hides_by_numbers:  # by -1e9 over all of a row, gradients would be lost in the rounding of its log-sum-exp
+        why = "a bias with a gradient, and perhaps with hugely negative numbers"
+    elif requested == "reference":
         why = "dropout of everything"
     elif requested == "sdpa":
         why = "asked for by config.target"

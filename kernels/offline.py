@@ -296,12 +296,12 @@ def cases() -> dict[str, functools.partial]:
         ("d128-alibi", (128, 128, "causal", bf16), dict(formulas="alibi")),
         ("d128-documents", (128, 128, "causal", bf16), dict(formulas="documents")),
         ("d256-formulas", (256, 256, "full", bf16), dict(formulas="everything", mask="bk")),
-        ("d128-clamp", (128, 128, "causal", bf16), dict(formulas="clamp")),
         ("d256-gate", (256, 256, "causal", bf16), dict(formulas="gate")),
     ):
         made[f"forward-{name}"] = functools.partial(forward_case, *problem, **more)
     for name, problem in problems.items():
-        made[f"backward-{name}"] = functools.partial(backward_case, *problem)
+        if problem[0] != 192:  # those are the 256's
+            made[f"backward-{name}"] = functools.partial(backward_case, *problem)
     for name, problem, more in (
         ("d128-causal-fp16", (128, 128, "causal", fp16), {}),
         ("d40/24-full", (40, 24, "full", bf16), {}),
@@ -323,7 +323,6 @@ def cases() -> dict[str, functools.partial]:
         ("d256-formulas", (256, 256, "full", bf16), dict(formulas="everything", mask="bk")),
         ("d64-clamp", (64, 64, "full", bf16), dict(formulas="clamp")),
         ("d128-gate", (128, 128, "causal", bf16), dict(formulas="gate")),
-        ("d256-gate", (256, 256, "causal", bf16), dict(formulas="gate")),
     ):
         made[f"backward-{name}"] = functools.partial(backward_case, *problem, **more)
     for name, problem, more in (

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-from .algebra import Algebra, Opaque
+from .algebra import Algebra, Opaque, to_boolean
 from .float8 import read_float8
 from .formulas import formula_of_score
 from .indices import ONE, ZERO, Index, Space, broadcast_index, shape_exprs, size_expr
@@ -18,7 +18,7 @@ from .masks import FULL, Axes, Mask, describe, no_row_is_empty
 from .operands import Roles, choose_operands, peel, side_operand
 from .products import as_product, is_product
 from .reasons import Reason
-from .scores import Added, Factor, Function, Hidden, NotScores, Scores, read_scores
+from .scores import Added, Factor, Function, Hidden, NotScores, Scores, read_scores, visible_where
 from .spec import AttentionSpec, Empty, Rejected, Term, TermKind
 from .terms import empty_beside_sink, hides_by_infinity, read_sink, read_terms
 from .written import EMPTY_ROWS, Written, put_together
@@ -76,10 +76,12 @@ class _Specialised(Exception):
 def _static_head_dim(size: int | torch.SymInt) -> sympy.Expr:
     """The head dim, which kernels and scales need as a number: a symbolic one is guarded to be what it is now."""
     expr = size_expr(size)
-    if not expr.is_number:
-        int(size)
+    if expr.is_number:
+        return expr
+    known = int(size)
+    if size_expr(size).is_number:
         raise _Specialised
-    return expr
+    return sympy.Integer(known)  # of several symbols, none of which is settled by that
 
 
 # --------------------------------------------------------------------------------------------- softmax
@@ -357,7 +359,7 @@ class _Reading:
             raise Rejected(Reason.TENSOR_SCALE, f"the soft cap is {softcap}")
         q_factors = [(side_operand(space, x.node, x.index, roles), x.inverse) for x in factors]
         terms, mask, empty = read_terms(self.algebra, view.scores.terms, roles, axes)
-        empty = _as_written(self.softmax, self.weights, view, empty)
+        empty = _as_written(self.algebra, self.softmax, self.weights, view, empty)
         sinks = None
         if view.scores.sink is not None:
             sinks = read_sink(self.algebra, view.scores.sink, roles)
@@ -405,21 +407,23 @@ def _function_of(view: _View) -> tuple[Function | None, sympy.Expr, sympy.Expr |
     if not by_key:
         return scores.function, scores.scale, scores.softcap, scores.factors
     what = f"'{by_key[0].node.name}', which scales the scores, differs from key to key"
-    failure = NotScores(Reason.TENSOR_SCALE, what)
+    if scores.linear is None or scores.shaped[2] < len(scores.factors):  # what was added before is scaled as well
+        raise Rejected(Reason.TENSOR_SCALE, what)
     *source, scale = scores.linear
-    return Function(*scores.shaped, tuple(source), failure), scale, None, ()
+    return Function(*scores.shaped[:2], tuple(source), NotScores(Reason.TENSOR_SCALE, what)), scale, None, ()
 
 
-def _as_written(softmax: Node, weights: _Weights, view: _View, empty: Empty) -> Empty:
+def _as_written(algebra: Algebra, softmax: Node, weights: _Weights, view: _View, empty: Empty) -> Empty:
     """What an empty row gives where the softmax is written out, or its weights are replaced by zeros."""
     raw = view.scores.terms
     for condition, index in view.zeroed:
-        if not any(isinstance(t, Hidden) and t.hides and (t.node, t.index) == (condition, index) for t in raw):
+        zeroed = to_boolean(algebra.value(condition, index))
+        if not any(visible == sympy.Not(zeroed) for visible in (visible_where(algebra, t) for t in raw)):
             raise Rejected(Reason.WEIGHTS_OP, f"they are hidden by '{condition.name}', which the scores are not")
     if empty is Empty.IMPOSSIBLE:
         return empty
     match softmax.meta.get(EMPTY_ROWS):
-        case Written.BY_INFINITY if empty not in (Empty.NAN, Empty.NAN_SCORES):
+        case Written.BY_INFINITY if empty not in (Empty.NAN, Empty.NAN_SCORES, Empty.NAN_SOME):
             raise Rejected(Reason.EMPTY_ROWS, "the softmax is written out, and hides scores by a number")
         case Written.MULTIPLIED:
             empty = Empty.NAN_SCORES
@@ -432,7 +436,7 @@ def _as_written(softmax: Node, weights: _Weights, view: _View, empty: Empty) -> 
             raise Rejected(Reason.EMPTY_ROWS, "of several masks one hides the weights as well")
         empty = Empty.ZERO
     if "nan_to_num" in weights.words:
-        if empty is Empty.NAN_SCORES:
+        if empty in (Empty.NAN_SCORES, Empty.NAN_SOME):
             raise Rejected(Reason.EMPTY_ROWS, "weights of NaN become zero, but their gradient stays NaN")
         empty = Empty.ZERO if empty is Empty.NAN else empty
     return empty

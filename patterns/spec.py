@@ -61,6 +61,7 @@ class Empty(enum.Enum):
     ZERO = "zeros, as scaled_dot_product_attention gives"
     NAN = "NaN, as scores overwritten by -inf give; only v's gradient is NaN"
     NAN_SCORES = "NaN, as -inf added to the scores gives; every gradient is NaN"
+    NAN_SOME = "NaN, as -inf both added to the scores and written over them gives; not every gradient is NaN"
     MEAN = "the mean of v over all keys, as scores overwritten by one finite value give"
     MEAN_SCORES = (
         "the mean of v over all keys, as a huge finite value added to the scores gives; q and k still have a gradient"

@@ -86,9 +86,9 @@ def read_terms(
     elif len(several) == 1 and len({t.fill for t in terms if not t.ordinary}) == 1 and kinds[0] is Empty.MEAN:
         empty = Empty.MEAN
     else:
-        empty = Empty.NAN_SCORES if several <= {Empty.NAN, Empty.NAN_SCORES} else Empty.AS_WRITTEN
+        empty = _of_several(several)
     if ordinary and not _leave_empty_rows_alone(raw, ordinary, least_fill, empty):
-        empty = Empty.NAN_SCORES if empty in (Empty.NAN, Empty.NAN_SCORES) else Empty.AS_WRITTEN
+        empty = _of_several({empty, Empty.NAN_SCORES})
     if any(isinstance(t, Added) and t.narrowed for t in raw):
         raise Rejected(Reason.EMPTY_ROWS, "a sum of scores and mask is cast to a dtype in which it may overflow")
     if any(isinstance(t, Added) and t.raised for t in raw):
@@ -100,6 +100,13 @@ def read_terms(
     if empty is Empty.AS_WRITTEN:
         _check_as_written(raw)
     return tuple(terms), mask, empty
+
+
+def _of_several(kinds: set[Empty]) -> Empty:
+    """What an empty row gives that masks of these kinds hide together."""
+    if kinds == {Empty.NAN_SCORES}:
+        return Empty.NAN_SCORES
+    return Empty.NAN_SOME if kinds <= {Empty.NAN, Empty.NAN_SCORES, Empty.NAN_SOME} else Empty.AS_WRITTEN
 
 
 def _formula_of_mask(

@@ -80,11 +80,11 @@ def _of_quotient(graph: Graph, node: Node) -> None:
     """x / sum(x) for an exponential x, and (x @ v) / sum(x)."""
     numerator, divisor = node.args
     if packet(node) is aten.mul:
-        if packet(divisor) is not aten.reciprocal:
+        if _inverse_of(divisor) is None:
             numerator, divisor = divisor, numerator
-        if packet(divisor) is not aten.reciprocal:
+        divisor = _inverse_of(divisor)
+        if divisor is None:
             return
-        divisor = divisor.args[0]
     if _off_by_one(graph, node, numerator, divisor):
         return
     total, eps = _without_eps(divisor)
@@ -111,6 +111,15 @@ def _of_quotient(graph: Graph, node: Node) -> None:
         softmax.meta = node.meta | {"val": tensor(x)}
         _become(graph, node, numerator.target, (softmax, *numerator.args[1:]))
         _become_softmax(graph, softmax, exponential.scores, dim, exponential.factors, rows)
+
+
+def _inverse_of(node: object) -> object | None:
+    """x, if a node is 1 / x: that is a reciprocal, or one times one."""
+    if packet(node) is aten.mul and len(node.args) == 2 and 1 in [x for x in node.args if isinstance(x, (int, float))]:
+        node = next(x for x in node.args if isinstance(x, Node))
+    if packet(node) is aten.div and node.args[0] == 1 and not node.kwargs:
+        return node.args[1]
+    return node.args[0] if packet(node) is aten.reciprocal else None
 
 
 def _off_by_one(graph: Graph, node: Node, x: object, divisor: object) -> bool:

@@ -492,3 +492,80 @@ def test_an_operand_that_is_the_same_all_along_an_axis(attend, target, which, sh
     args = qkv()
     args[which] = torch.randn(shape)
     same_as_eager(fn, args, target=target)
+
+
+# ------------------------------------------------------------------------------------------- found by tests/fuzz
+
+
+@pytest.mark.parametrize("grads", [False, True])
+def test_a_factor_of_keys_behind_a_shift(grads):
+    """What is subtracted from every score of a row is scaled as well, by another factor for each key."""
+
+    def fn(q, k, v, temperature):
+        scores = q @ k.mT
+        scores = scores - scores.amax(-1, keepdim=True)
+        return (scores * temperature).softmax(-1) @ v
+
+    def earlier(q, k, v, temperature):
+        scores = q @ k.mT * temperature
+        return (scores - scores.amax(-1, keepdim=True)).softmax(-1) @ v
+
+    args = [*qkv(), torch.rand(S) + 0.5]
+    assert not same_as_eager(fn, args, grads, target="reference").fused
+    assert bool(same_as_eager(earlier, args, False, target="reference").fused)
+
+
+def test_a_learned_mask_of_numbers_in_sdpa():
+    """Where -1e9 hides all of a row, its log-sum-exp has no room for the number of keys."""
+
+    def fn(q, k, v, bias):
+        hidden = torch.ones(S, S, dtype=torch.bool).tril(S // 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.masked_fill(hidden, -1e9))
+
+    report = same_as_eager(fn, [*qkv(), torch.randn(S, S)], target="reference")
+    assert [s.target for s in report.fused] == ["sdpa"]
+
+
+@pytest.mark.parametrize("grads", [False, True])
+@TARGETS
+def test_a_bias_and_scores_overwritten_by_infinity(grads, target):
+    """Of a row that is overwritten, only the gradient of v is NaN."""
+
+    def fn(q, k, v, bias):
+        below = torch.ones(S, S, dtype=torch.bool).tril(-1)
+        return (q @ k.mT + bias).masked_fill(~below, INF).softmax(-1) @ v
+
+    report = same_as_eager(fn, [*qkv(), torch.randn(S, S)], grads, target)
+    assert bool(report.fused) != grads
+
+
+def test_a_packed_projection_of_any_length():
+    def fn(qkv):
+        q, k, v = (x.view(B, S, H, D).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
+        return plain(q, k, v)
+
+    compiled, report = fuse(fn, target="reference", dynamic=True)
+    x = torch.randn(B, S, 3 * H * D)
+    torch.testing.assert_close(compiled(x), fn(x))
+    assert len(report.fused) == 1
+
+
+def test_a_sum_that_is_inverted_first():
+    def fn(q, k, v):
+        e = (q @ k.mT * 0.25).exp()
+        return (e * (1 / e.sum(-1, keepdim=True))) @ v
+
+    assert same_as_eager(fn, qkv(), target="reference").fused
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_weights_hidden_by_the_mask_of_the_scores(same):
+    """By its condition, however each of the two is written."""
+
+    def fn(q, k, v, keep):
+        scores = torch.where(keep[:, None, None], q @ k.mT, INF)
+        hidden = ~keep if same else ~keep.roll(1, 1)
+        return scores.softmax(-1).masked_fill(hidden[:, None, None], 0.0) @ v
+
+    keep = torch.rand(B, S) > 0.3
+    assert bool(same_as_eager(fn, [*qkv(), keep], target="reference").fused) == same

@@ -21,7 +21,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@settings(max_examples=250, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(program=programs(), setting=SETTINGS)
 def test_random_programs(one_thread, program, setting):
     note(f"{setting}, {program.oddities}\n{program.source}")

@@ -34,9 +34,9 @@ def test_ranges_of_query_tiles(seqlens, left, right):
                 assert rows[: seqlen_q - tile * block_m].all()
 
 
-@pytest.mark.parametrize("left", [None, -5, 0, 3, 100, 1000], ids=str)
-@pytest.mark.parametrize("right", [None, -70, -1, 0, 5, 300], ids=str)
-@pytest.mark.parametrize("seqlens", [(1, 1), (300, 300), (300, 77), (64, 1000), (513, 512), (1000, 130)], ids=str)
+@pytest.mark.parametrize("left", [None, -5, 3, 1000], ids=str)
+@pytest.mark.parametrize("right", [None, -70, 0, 300], ids=str)
+@pytest.mark.parametrize("seqlens", [(1, 1), (300, 77), (64, 1000), (513, 512)], ids=str)
 @pytest.mark.parametrize("keys, block_m", [(128, 64), (128, 128), (64, 64)])
 def test_turns_are_taken_one_after_the_other(left, right, seqlens, keys, block_m):
     """Or a block would wait for ever."""
