@@ -418,7 +418,7 @@ def _as_written(algebra: Algebra, softmax: Node, weights: _Weights, view: _View,
     raw = view.scores.terms
     for condition, index in view.zeroed:
         zeroed = to_boolean(algebra.value(condition, index))
-        if not any(visible == sympy.Not(zeroed) for visible in (visible_where(algebra, t) for t in raw)):
+        if not any(isinstance(t, Hidden) and visible_where(algebra, t) == sympy.Not(zeroed) for t in raw):
             raise Rejected(Reason.WEIGHTS_OP, f"they are hidden by '{condition.name}', which the scores are not")
     if empty is Empty.IMPOSSIBLE:
         return empty

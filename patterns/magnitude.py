@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
-from .layouts import LAYOUT_OPS, argument, packet
+from .layouts import LAYOUT_OPS, NO_GRAD, argument, packet
 from .products import is_product
 
 aten = torch.ops.aten
@@ -81,6 +81,8 @@ def passes_gradient_on(node: Node) -> bool:
             continue
         if current.meta.get(REQUIRES_GRAD):
             return True
+        if current.op == "call_function" and (packet(current) is aten.detach or current.meta.get(NO_GRAD)):
+            continue
         stack += (source for source in current.all_input_nodes if source not in seen)
         seen.update(current.all_input_nodes)
     return False

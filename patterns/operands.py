@@ -230,8 +230,10 @@ def choose_operands(
 
 
 def _spans(roles: Roles, operand: Operand) -> bool:
-    """The query has every head (its batch axis may be broadcast)."""
-    return len(operand.groups[1]) == len([1 for n, s in roles.heads if s != 1])
+    """The query has every head (its batch axis may be broadcast), and not one for a group of them."""
+    if len(operand.groups[1]) != len([1 for n, s in roles.heads if s != 1]):
+        return False
+    return sympy.expand(roles.heads_of(operand) - sympy.Mul(*[s for _, s in roles.heads])) == 0
 
 
 def _keeps(dtype: torch.dtype, out_dtype: torch.dtype, product: Node) -> bool:

@@ -501,7 +501,7 @@ def sdpa_bool_mask(q, k, v, mask):
 
 @form("bias", args=lambda: [*qkv(), torch.randn(B, H, S, S)])
 def sdpa_float_mask(q, k, v, mask):
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.detach())
 
 
 @form("key padding[b, k]", args=one_empty)

@@ -569,3 +569,26 @@ def test_weights_hidden_by_the_mask_of_the_scores(same):
 
     keep = torch.rand(B, S) > 0.3
     assert bool(same_as_eager(fn, [*qkv(), keep], target="reference").fused) == same
+
+
+def test_weights_hidden_where_infinity_was_added():
+    """The gradient of a row that is hidden whole is NaN, where a mask written over the scores would stop it."""
+
+    def fn(q, k, v, keep):
+        scores = q @ k.mT + torch.zeros(B, 1, 1, S).masked_fill(~keep[:, None, None], INF)
+        return scores.softmax(-1).masked_fill(~keep[:, None, None], 0.0) @ v
+
+    same_as_eager(fn, [*qkv(), one_empty()], target="reference")
+
+
+@pytest.mark.parametrize("first", ["q", "k"])
+def test_one_key_and_one_query(first):
+    """Which of the operands is the query, only the number of heads says."""
+
+    def fn(q, k, v):
+        k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+        scores = q @ k.mT if first == "q" else (k @ q.mT).mT
+        return scores.softmax(-1) @ v
+
+    args = [torch.randn(B, H, 1, D), *(torch.randn(B, H // 2, 1, D) for _ in "kv")]
+    assert same_as_eager(fn, args, target="reference").fused
