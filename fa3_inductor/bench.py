@@ -313,6 +313,7 @@ def features(args: argparse.Namespace) -> list[dict]:
     causal = dict(window_right=0)
     slopes = rand(1, heads, 1, 1)
     alibi = Formulas("real(t0) * (real(k) - real(q))", "", (slopes,))
+    clamp = Formulas(score="where(s > 50.0, 50.0, where(s < -50.0, -50.0, s))")
     of_documents = Formulas("", "t0 == t1", (document.view(1, 1, -1, 1), document.view(1, 1, 1, -1)))
     cases = {  # name: head_dim, head_dim_v, options, share of the S^2 pairs that are visible
         "full": (128, 128, {}, 1.0),
@@ -326,6 +327,7 @@ def features(args: argparse.Namespace) -> list[dict]:
         "full, documents of 1024 [q, k]": (128, 128, dict(mask=documents), window / seqlen),
         "causal, documents of 1024, computed": (128, 128, dict(formulas=of_documents, **causal), window / seqlen / 2),
         "causal, ALiBi [h, q, k]": (128, 128, dict(bias=slopes * (keys - keys[:, None]), **causal), 0.5),
+        "full, scores clamped, computed": (128, 128, dict(formulas=clamp), 1.0),
         "causal, ALiBi, computed": (128, 128, dict(formulas=alibi, **causal), 0.5),
         "full, ALiBi, computed": (128, 128, dict(formulas=alibi), 1.0),
         "causal, key padding": (128, 128, dict(mask=padding, **causal), (padding & below).float().mean().item()),
