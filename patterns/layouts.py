@@ -130,9 +130,11 @@ def _squeeze(space: Space, node: Node, index: Index) -> Step:
     shape = shape_exprs(tensor(source))
     if dims is None:
         dims = range(len(shape))
-    dropped = {d % len(shape) for d in ([dims] if isinstance(dims, int) else dims)}
+    named = {d % len(shape) for d in ([dims] if isinstance(dims, int) else dims)}
+    # A symbolic size was compared with one when the graph was made: asking again adds no guard.
+    dropped = {d for d in named if shape[d] == 1 or (not shape[d].is_number and bool(tensor(source).shape[d] == 1))}
     rest = iter(index)
-    return source, tuple(ZERO if d in dropped and shape[d] == 1 else next(rest) for d in range(len(shape)))
+    return source, tuple(ZERO if d in dropped else next(rest) for d in range(len(shape)))
 
 
 @_rule(aten.transpose, aten.swapaxes, aten.swapdims)

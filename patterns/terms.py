@@ -7,7 +7,7 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
-from .algebra import Algebra, leaves, to_number
+from .algebra import Algebra, leaves, round_to, to_number
 from .formulas import formula_of_condition, formula_of_value
 from .indices import Index
 from .layouts import NO_GRAD, layout_step, packet, tensor
@@ -177,13 +177,13 @@ def hides_by_infinity(algebra: Algebra, term: Added | Hidden) -> bool:
     """Whether all that a term does to the scores is to make some of them -inf."""
     if isinstance(term, Hidden):
         return term.fill == -sympy.oo
-    values = [v * term.coefficient for v in leaves(to_number(algebra.value(term.node, term.index)))]
-    return all(v.is_zero or v == -sympy.oo for v in values)
+    return all(v == -sympy.oo for v in _added_values(algebra, term))
 
 
 def _added_values(algebra: Algebra, term: Added) -> list[sympy.Expr]:
-    """What a mask adds to the scores of hidden keys."""
-    return [v * term.coefficient for v in leaves(to_number(algebra.value(term.node, term.index))) if not v.is_zero]
+    """What a mask adds to the scores of hidden keys: multiplied later, it may have become infinite."""
+    values = (v * term.coefficient for v in leaves(to_number(algebra.value(term.node, term.index))) if not v.is_zero)
+    return [round_to(v, term.dtype) if v.is_number else v for v in values]
 
 
 def _added_empty(algebra: Algebra, term: Added) -> Empty | None:

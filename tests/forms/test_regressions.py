@@ -592,3 +592,23 @@ def test_one_key_and_one_query(first):
 
     args = [torch.randn(B, H, 1, D), *(torch.randn(B, H // 2, 1, D) for _ in "kv")]
     assert same_as_eager(fn, args, target="reference").fused
+
+
+def test_a_mask_that_is_multiplied_until_it_is_infinite():
+    def fn(q, k, v, keep):
+        mask = torch.zeros(B, 1, 1, S).masked_fill(~keep[:, None, None], torch.finfo(torch.float32).min)
+        return ((q @ k.mT + mask) / 0.5).softmax(-1) @ v
+
+    same_as_eager(fn, [*qkv(), one_empty()], grads=False, target="reference")
+    same_as_eager(fn, [*qkv(), one_empty()], target="reference")
+
+
+def test_squeezing_a_size_that_is_symbolic():
+    def fn(qkv):
+        q, k, v = (x.squeeze(2).transpose(1, 2) for x in qkv.chunk(3, dim=2))
+        return plain(q, k, v)
+
+    compiled, report = fuse(fn, target="reference", dynamic=True)
+    x = torch.randn(B, S, 3, H, D)
+    torch.testing.assert_close(compiled(x), fn(x))
+    assert len(report.fused) == 1
