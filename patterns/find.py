@@ -425,6 +425,10 @@ def _as_written(algebra: Algebra, softmax: Node, weights: _Weights, view: _View,
     match softmax.meta.get(EMPTY_ROWS):
         case Written.BY_INFINITY if empty not in (Empty.NAN, Empty.NAN_SCORES, Empty.NAN_SOME):
             raise Rejected(Reason.EMPTY_ROWS, "the softmax is written out, and hides scores by a number")
+        case Written.MULTIPLIED if empty not in (Empty.NAN, Empty.NAN_SCORES, Empty.NAN_SOME):
+            raise Rejected(
+                Reason.EMPTY_ROWS, "the softmax is written out, with masks that are factors beside masks by a number"
+            )
         case Written.MULTIPLIED:
             empty = Empty.NAN_SCORES
         case Written.UNCLEAR:

@@ -612,3 +612,15 @@ def test_squeezing_a_size_that_is_symbolic():
     x = torch.randn(B, S, 3, H, D)
     torch.testing.assert_close(compiled(x), fn(x))
     assert len(report.fused) == 1
+
+
+def test_a_factor_beside_a_mask_by_a_number():
+    """What the number hides still has weight where nothing else is left."""
+
+    def fn(q, k, v, keep):
+        later = torch.ones(S, S, dtype=torch.bool).triu(1)
+        scores = (q @ k.mT).masked_fill(torch.arange(S) < 3, INF) + later * -1e9
+        e = torch.exp(scores - scores.amax(-1, keepdim=True)) * keep[:, None, None]
+        return (e / e.sum(-1, keepdim=True)) @ v
+
+    same_as_eager(fn, [*qkv(), torch.ones(B, S, dtype=torch.bool)], grads=False, target="reference")
