@@ -113,7 +113,7 @@ _OF_ONE_REAL = {
     aten.silu: "{x} * sigmoid({x})",
     aten.log_sigmoid: "where({x} < 0.0, {x}, 0.0) - log(1.0 + exp(-abs({x})))",
 }
-# Those with more numbers: their names and what they are by default. The number that is last wins where they collide.
+# Those with more numbers: their names and what they are by default.
 _WITH_NUMBERS: dict[torch._ops.OpOverloadPacket, tuple[tuple[tuple[str, float | None], ...], str]] = {
     aten.clamp: ((("min", None), ("max", None)), "where({x} > {max}, {max}, where({x} < {min}, {min}, {x}))"),
     aten.clamp_min: ((("min", None),), "where({x} < {min}, {min}, {x})"),
@@ -344,6 +344,8 @@ class _Writer:
             if known is not None and (is_condition(known) or not known.is_number or not known.is_finite):
                 raise _Inexpressible
             values[name] = "" if known is None else _number(float(known))
+        if packet(node) is aten.clamp and None not in numbers.values() and float(values["min"]) > float(values["max"]):
+            raise _Inexpressible
         x = self._operand(node.args[0], index, tensor(node).dtype)
         return _Text("real", template.format(x=_argument(x, template), **values), False)
 

@@ -163,13 +163,17 @@ def of_all(s):
     return s * torch.linspace(0, 1, S * S).view(S, S).sin()
 
 
+def crossed(s):
+    return s.clamp(1.0, -1.0)
+
+
 def after_a_mask(s):
     return s.masked_fill(torch.ones(S, S, dtype=torch.bool).triu(1), -math.inf).relu()
 
 
 @pytest.mark.parametrize(
     "function",
-    [fed_back, transposed, half_detached, rounded, jumping, by_rank, of_all, after_a_mask],
+    [fed_back, transposed, half_detached, rounded, jumping, by_rank, of_all, crossed, after_a_mask],
     ids=lambda f: f.__name__,
 )
 def test_refused(function):
