@@ -132,8 +132,8 @@ _WITH_NUMBERS: dict[torch._ops.OpOverloadPacket, tuple[tuple[tuple[str, float | 
         "where({beta} * {x} > {threshold}, {x}, log(1.0 + exp({beta} * {x})) / {beta})",
     ),
 }
-_ARITHMETIC_OF_REALS = {*_ARITHMETIC, aten.rsub, aten.div, aten.neg, aten.abs}
-_OPERATIONS = {*_ARITHMETIC_OF_REALS, *_OF_ONE_REAL, *_OF_TWO, *_WITH_NUMBERS, aten.pow}
+_OPERATIONS = {*_ARITHMETIC, *_OF_ONE_REAL, *_OF_TWO, *_WITH_NUMBERS}
+_OPERATIONS |= {aten.rsub, aten.div, aten.neg, aten.abs, aten.pow}
 # What may be done to a score, if nothing else is to be said of it.
 OF_SCORES = {*_OPERATIONS, aten.where, aten.masked_fill}
 _LONGEST_FORMULA = 4000  # characters
@@ -321,7 +321,8 @@ class _Writer:
             return dataclasses.replace(inner, text=f"abs({inner.text})", as_real=f"abs({inner.real()})")
         if kind in _OF_TWO:
             left, right = _alike(operands)
-            if left.kind == "real" and not all(math.isfinite(magnitude(x)) for x in node.args):
+            may_be_nan = self._is_of_source(node) or not all(math.isfinite(magnitude(x)) for x in node.args)
+            if left.kind == "real" and may_be_nan:
                 raise _Inexpressible  # where there is a NaN, the kernels' functions return the other operand
             text = f"{_OF_TWO[kind]}({left.text}, {right.text})"
             return _Text(left.kind, text, left.exact and right.exact, dtype=_dtype_of([left, right]))

@@ -174,10 +174,9 @@ def _read(algebra: Algebra, node: Any, index: Index) -> Scores:
     if kind in (aten.maximum, aten.max, aten.clamp, aten.clamp_min) and len(node.args) == 2:
         return _raised(algebra, node, index)
     if kind in OF_SCORES:
-        position, scores = _either(algebra, _operands(algebra, node, index))
-        return _function(
-            node, index, scores, NotScores(Reason.SCORE_OP, f"'{node.name}' ({node.target}) on the scores")
-        )
+        _, scores = _either(algebra, _operands(algebra, node, index))
+        failure = NotScores(Reason.SCORE_OP, f"'{node.name}' ({node.target}) on the scores")
+        return _function(node, index, scores, failure)
     if kind is aten.cat:
         return _joined(algebra, node, index)
     if kind in (aten.pad, aten.constant_pad_nd):

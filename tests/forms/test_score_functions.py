@@ -167,13 +167,18 @@ def crossed(s):
     return s.clamp(1.0, -1.0)
 
 
+def larger_of_two(s):
+    """Where there is a NaN, the kernels' maximum is the other operand."""
+    return torch.maximum(s, torch.linspace(-1, 1, S).to(s.dtype))
+
+
 def after_a_mask(s):
     return s.masked_fill(torch.ones(S, S, dtype=torch.bool).triu(1), -math.inf).relu()
 
 
 @pytest.mark.parametrize(
     "function",
-    [fed_back, transposed, half_detached, rounded, jumping, by_rank, of_all, crossed, after_a_mask],
+    [fed_back, transposed, half_detached, rounded, jumping, by_rank, of_all, crossed, larger_of_two, after_a_mask],
     ids=lambda f: f.__name__,
 )
 def test_refused(function):

@@ -32,7 +32,7 @@ def test_random_programs(one_thread, program, setting):
 
 
 def test_that_there_was_something_to_compare():
-    """Two thirds and more are fused, as of 2026; far fewer would make the test above an empty one."""
+    """Two thirds and more of them are fused; were it far fewer, the test above would compare eager with itself."""
     if not FUSED:
         pytest.skip("runs behind the test of programs")
     assert sum(FUSED) > len(FUSED) / 2
