@@ -14,15 +14,19 @@ outliers, beside that of other ways to round.
 
 `python -m fa3_inductor.bench features`: what head dims, windows and terms on the scores cost, beside the plain kernel.
 
+`python -m fa3_inductor.bench ablation`: what warp specialisation and overlapping products and softmax are worth.
+
 `python -m fa3_inductor.bench launch`: microseconds that a call keeps the host busy.
 
-`python -m fa3_inductor.bench model`: a Llama of transformers through `torch.compile`, stock and with the pass; medians
-of whole calls.
+`python -m fa3_inductor.bench model`: a Llama of transformers with a billion weights through `torch.compile`, stock and
+with the pass, 8192 tokens at a time or one sequence; medians of whole calls. `--modes training` leaves the other out.
 """
 
 import argparse
 import ctypes
+import dataclasses
 import functools
+import gc
 import glob
 import itertools
 import json
@@ -42,9 +46,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from fa3_inductor import ops  # noqa: F401  (registers the operators)
+from fa3_inductor.kernels.ablation import attention_unspecialised
 from fa3_inductor.kernels.backward import attention_backward
 from fa3_inductor.kernels.formulas import Formulas
-from fa3_inductor.kernels.forward import attention_forward
+from fa3_inductor.kernels.forward import attention_forward, launch_arguments, tile_for
+from fa3_inductor.kernels.forward_kernel import forward_kernel
 from fa3_inductor.kernels.fp8 import attention_fp8, attention_quantised
 from fa3_inductor.kernels.quantise import signed_hadamard
 from fa3_inductor.kernels.reference import attention_backward_reference, attention_reference
@@ -124,11 +130,20 @@ def backward_providers(q, k, v, causal: bool, peers: str | None) -> tuple[dict[s
     aten, seqlen = torch.ops.aten, q.shape[2]
     of_cudnn = (dout, q, k, v, out, lse.unsqueeze(-1), none, none, None, None, None, seqlen, seqlen, 0.0, causal)
     of_flash = (dout, q, k, v, out, lse, None, None, seqlen, seqlen, 0.0, causal, none.new_empty(2), none)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+
+    @functools.cache
+    def of_flex():  # on a stream of its own, as its gradients then are: of the default stream there is no CUDA graph
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return flex_attention()(*leaves, causal)
+
     providers = {
         "ours": lambda: attention_backward(dout, q, k, v, None, None, out, lse, **options)[:3],
         "in order": lambda: attention_backward(dout, q, k, v, None, None, out, lse, **options, deterministic=True)[:3],
         "cuDNN": lambda: aten._scaled_dot_product_cudnn_attention_backward(*of_cudnn, scale=scale),
         "FA2": lambda: aten._scaled_dot_product_flash_attention_backward(*of_flash, scale=scale),
+        "Flex": lambda: torch.autograd.grad(of_flex(), leaves, dout, retain_graph=True),
     }
     if peers:
         function, bshd = flash_attention_3_backward(peers), [x.transpose(1, 2) for x in (dout, q, k, v, out)]
@@ -355,6 +370,35 @@ def features(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def ablation(args: argparse.Namespace) -> list[dict]:
+    """What each of the paper's techniques is worth, on the plain kernel of head_dim 128: 2 x 8192 positions, full."""
+    q, k, v = inputs(2, 16, 8192, 128)
+    exact = attention_reference(*(x[:1, :1].double() for x in (q, k, v)), scale=128**-0.5)[0]
+    out, lse, tile = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32), tile_for(128, 128, False, 8192)
+    tiles = {
+        "all of them": tile,
+        "without ping-pong": dataclasses.replace(tile, ping_pong=False),
+        "without overlap of products and softmax": dataclasses.replace(tile, overlap=False),
+        "without either": dataclasses.replace(tile, ping_pong=False, overlap=False),
+    }
+
+    def specialised(tile):
+        grid, arguments = launch_arguments(q, k, v, out, lse, 128**-0.5, tile=tile)
+        forward_kernel[grid](*arguments, num_warps=4)
+        return out
+
+    cases = {name: functools.partial(specialised, tile) for name, tile in tiles.items()}
+    cases["without warp specialisation"] = lambda: attention_unspecialised(q, k, v, 128**-0.5)
+    for name, function in cases.items():
+        error = ((function()[:1, :1].double() - exact).norm() / exact.norm()).item()
+        assert error < 5e-3, f"{name}: relative error {error}"
+    rows = []
+    for name, ms in in_turns(cases).items():
+        rows.append(dict(what=name, tflops=4 * q.numel() * 8192 / ms / 1e9))
+        print(f"{name:40} {rows[-1]['tflops']:5.0f} TFLOP/s", flush=True)
+    return rows
+
+
 def launch(args: argparse.Namespace) -> list[dict]:
     """Host time of one call on tiny tensors, with the device's work waited for only at the end."""
 
@@ -388,15 +432,15 @@ def _empty():
 
 
 def llama(implementation: str, training: bool) -> torch.nn.Module:
-    """transformers' Llama with random weights: 4 layers, hidden 2048, 16 heads of 128, 4 KV heads, BF16."""
+    """transformers' Llama with a billion random weights: 16 layers, hidden 2048, 32 heads of 64, 8 KV heads, BF16."""
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
     config = LlamaConfig(
         hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=4,
-        num_attention_heads=16,
-        num_key_value_heads=4,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
         vocab_size=32000,
         max_position_embeddings=65536,
         attn_implementation=implementation,
@@ -411,7 +455,7 @@ def step_ms(step: Callable) -> tuple[float, float]:
         step()
     torch.cuda.reset_peak_memory_stats()
     times = []
-    for _ in range(10):
+    for _ in range(7):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         step()
@@ -422,14 +466,18 @@ def step_ms(step: Callable) -> tuple[float, float]:
 
 
 def model(args: argparse.Namespace) -> list[dict]:
-    """A whole model through ``torch.compile``: stock Inductor beside the pass, for both of transformers' attentions."""
+    """A whole model through ``torch.compile``: stock Inductor, for both of transformers' attentions, and the pass."""
     from fa3_inductor.backend import fa3_inductor as backend
 
     rows = []
-    print(f"{'':10} {'S':>6} {'attention':10} {'backend':13} {'ms':>7} {'GiB':>6}")
-    for training, seqlen in ((False, 8192), (False, 16384), (True, 8192)):
-        ids = torch.randint(0, 32000, (1, seqlen), device="cuda")
-        for implementation, name in itertools.product(("eager", "sdpa"), ("inductor", "fa3_inductor")):
+    print(f"{'':10} {'S':>6} {'attention':10} {'backend':13} {'ms':>7} {'tokens/s':>8} {'GiB':>6}")
+    contestants = ("eager", "inductor"), ("sdpa", "inductor"), ("eager", "fa3_inductor"), ("sdpa", "fa3_inductor")
+    for training, seqlen in itertools.product((False, True), (2048, 8192, 32768)):
+        what = "training" if training else "inference"
+        if what not in args.modes:
+            continue
+        ids = torch.randint(0, 32000, (max(1, 8192 // seqlen), seqlen), device="cuda")
+        for implementation, name in contestants:
             torch._dynamo.reset()
             network = llama(implementation, training)
             compiled = torch.compile(network, backend=backend if name == "fa3_inductor" else name)
@@ -442,30 +490,38 @@ def model(args: argparse.Namespace) -> list[dict]:
                     with torch.no_grad():
                         compiled(input_ids=ids, use_cache=False)
 
-            what = "training" if training else "inference"
             try:
                 ms, gib = step_ms(step)
             except torch.OutOfMemoryError:
-                ms = gib = float("nan")
-            rows.append(dict(what=what, seqlen=seqlen, attention=implementation, backend=name, ms=ms, gib=gib))
-            print(f"{what:10} {seqlen:6} {implementation:10} {name:13} {ms:7.1f} {gib:6.2f}", flush=True)
+                ms = gib = math.nan
+            rate = ids.numel() / ms * 1e3
+            rows.append(
+                dict(what=what, seqlen=seqlen, attention=implementation, backend=name, ms=ms, rate=rate, gib=gib)
+            )
+            print(f"{what:10} {seqlen:6} {implementation:10} {name:13} {ms:7.1f} {rate:8.0f} {gib:6.2f}", flush=True)
             del network, compiled, step
+            gc.collect()
             torch.cuda.empty_cache()
     return rows
 
 
+PARTS = dict.fromkeys(PROVIDERS, grid) | dict(
+    accuracy=accuracy, features=features, ablation=ablation, launch=launch, model=model
+)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fa3_inductor.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["forward", "backward", "fp8", "accuracy", "features", "launch", "model"])
+    parser.add_argument("what", choices=list(PARTS))
     parser.add_argument("--seqlens", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--providers", nargs="+", default=PROVIDER_NAMES)
+    parser.add_argument("--modes", nargs="+", default=["inference", "training"], help="of the model")
     parser.add_argument("--peers", metavar="DIR", help="folder with FlashAttention-3's wheels")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there")
     parser.add_argument("--plot", metavar="FILE", help="draw the grid there, as a PNG")
     args = parser.parse_args()
     torch.manual_seed(0)
-    parts = dict.fromkeys(PROVIDERS, grid) | dict(accuracy=accuracy, features=features, launch=launch, model=model)
-    rows = parts[args.what](args)
+    rows = PARTS[args.what](args)
     if args.json:
         versions = dict(torch=torch.__version__, triton=triton.__version__, cudnn=torch.backends.cudnn.version())
         with open(args.json, "w") as file:

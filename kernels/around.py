@@ -13,11 +13,16 @@ BLOCK = 32  # rows of a program
 
 @triton.jit
 def statistics_kernel(
-    out_ptr, dout_ptr, lse_ptr, scaled_ptr, delta_ptr, dq_ptr, out_batch, out_head, out_row, out_unit, dout_batch,
-    dout_head, dout_row, lse_batch, lse_head, lse_row, lse_scale, heads, seqlen, padded, head_dim_v, dq_rows, head_dim,
+    out_ptr, dout_ptr, lse_ptr, scaled_ptr, delta_ptr, dq_ptr, next_ptr, out_batch, out_head, out_row, out_unit,
+    dout_batch, dout_head, dout_row, lse_batch, lse_head, lse_row, lse_scale, heads, seqlen, padded, head_dim_v,
+    dq_rows, head_dim,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program for each block of ROWS rows, with those that only pad the sequence. Zeroes dQ's accumulator too."""
+    """One program for each block of ROWS rows, with those that only pad the sequence.
+
+    Zeroes dQ's accumulator, and what the backward kernel counts with, too.
+    """
+    tl.store(next_ptr, 0, mask=tl.program_id(0) == 0)
     flat = tl.program_id(0) // (padded // ROWS)
     row = tl.program_id(0) % (padded // ROWS) * ROWS + tl.arange(0, ROWS)
     batch, head = (flat // heads).to(tl.int64), (flat % heads).to(tl.int64)
@@ -47,23 +52,24 @@ def statistics_kernel(
 
 
 def statistics_arguments(
-    out: Tensor, dout: Tensor, lse: Tensor, scaled: Tensor, delta: Tensor, dq: Tensor, lse_scale: float
-) -> tuple[tuple[int, int, int], tuple]:
+    out: Tensor, dout: Tensor, lse: Tensor, scaled: Tensor, delta: Tensor, dq: Tensor, next_tile: Tensor,
+    lse_scale: float,
+) -> tuple[tuple[int, int, int], tuple]:  # fmt: skip
     """The grid and the arguments of the kernel.
 
     Args:
         out, dout: [B, Hq, Sq, Dv], dout's Dv contiguous; lse: [B, Hq, Sq] float32, natural logarithms.
         scaled, delta: float32, contiguous, [B, Hq, Sq padded to a multiple of BLOCK]: lse times lse_scale, +inf where a
             row sees nothing or is not there, and the sum of dO * O.
-        dq: float32, contiguous, [B, Hq, Sq or Sq padded, any width]: is set to 0.
+        dq: float32, contiguous, [B, Hq, Sq or Sq padded, any width], and next_tile: int32 [1]: are set to 0.
     """
     batch, heads, seqlen, head_dim_v = out.shape
     padded = scaled.shape[2]
     dq_rows, head_dim = dq.shape[2:]
     columns = triton.next_power_of_2(max(head_dim, head_dim_v))
     return (batch * heads * (padded // BLOCK), 1, 1), (
-        out, dout, lse, scaled, delta, dq, *out.stride(), *dout.stride()[:3], *lse.stride(), lse_scale, heads, seqlen,
-        padded, head_dim_v, dq_rows, head_dim, BLOCK, columns,
+        out, dout, lse, scaled, delta, dq, next_tile, *out.stride(), *dout.stride()[:3], *lse.stride(), lse_scale,
+        heads, seqlen, padded, head_dim_v, dq_rows, head_dim, BLOCK, columns,
     )  # fmt: skip
 
 

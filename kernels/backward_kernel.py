@@ -2,11 +2,12 @@
 
 `backward.py` is its host side; a larger head_dim has `backward_wide_kernel.py`.
 
-A CTA has one tile of keys and walks the query tiles that see it, those of every query head of the group. One producer
-warp brings Q, dO and the rows' statistics in by TMA. Both consumer warp groups compute the scores the other way
-round, as K @ Q^T, so that P^T and dS^T are in registers what dV += P^T @ dO and dK += dS^T @ Q have on their left; only
-dS goes through shared memory, for dQ = dS @ K, which is added up in float32 in global memory. The algorithm is
-FlashAttention-3's (Shah et al., 2024, arXiv:2407.08608, appendix B.1); the specification is `reference.py`.
+A CTA takes one tile of keys after another and walks the query tiles that see it, those of every query head of the
+group. One producer warp brings K, V, Q, dO and the rows' statistics in by TMA. Both consumer warp groups compute the
+scores the other way round, as K @ Q^T, so that P^T and dS^T are in registers what dV += P^T @ dO and dK += dS^T @ Q
+have on their left; only dS goes through shared memory, for dQ = dS @ K, which is added up in float32 in global memory.
+The algorithm is FlashAttention-3's (Shah et al., 2024, arXiv:2407.08608, appendix B.1), the specification
+`reference.py`.
 
 Consumers share the work by keys, 64 each.
 """
@@ -21,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fa3_inductor.kernels.compat import tma_add, tma_load, tma_store
+from fa3_inductor.kernels.compat import reinterpret, tma_add, tma_load, tma_store
 from fa3_inductor.kernels.dropout import kept, key_of_head
 from fa3_inductor.kernels.forward_kernel import ROWS, _arrive, _barriers, _mask, _ring, _sync, _tile
 
@@ -29,22 +30,54 @@ CONSUMERS = gl.constexpr(2)
 THREADS = gl.constexpr(128 * 2 + 32)  # of consumers and producer
 
 # Hardware barriers, as in the forward kernel.
+FINISHED = gl.constexpr(7)  # both consumers have read each other's dS
 Q_EMPTY = gl.constexpr(8)  # and 9: one per stage
 DO_EMPTY = gl.constexpr(10)  # and 11
 EXCHANGE = gl.constexpr(12)  # to 15: a consumer's dS is there, of an even tile (12 and 13) and of an odd one
 
 
+# Tiles of keys are numbered. The first of a CTA is that of its own number; the producer asks for the next one when it
+# has brought what the last needs, and hands the number on by way of two slots in shared memory: it asks for the one
+# after that only when the consumers are through with the keys of the last, and so have read the number of this.
+
+
 @gluon.jit
-def _place(work, KEYS: gl.constexpr):
-    """Batch, kv head and first key of this CTA. Heads go in sections, within one all first tiles come first.
+def _count(work):
+    """How many tiles of keys there are."""
+    return work[0] * work[2]
+
+
+@gluon.jit
+def _hand_on(number, next_smem, next_full, step):
+    """Tells the consumers which tile of keys is number `step` of this CTA's."""
+    slot = step % 2
+    next_smem.index(slot).store(gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0])) + number)
+    mbarrier.arrive(next_full.index(slot), count=1)
+
+
+@gluon.jit
+def _read(next_smem, step):
+    """The number that was handed on and is there."""
+    return gl.max(next_smem.index(step % 2).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def _next(next_smem, next_full, step):
+    """The number that the producer hands on."""
+    mbarrier.wait(next_full.index(step % 2), (step // 2) & 1)
+    return _read(next_smem, step)
+
+
+@gluon.jit
+def _place(number, work, KEYS: gl.constexpr):
+    """Batch, kv head and first key of a tile. Heads go in sections, within one all first tiles come first.
 
     Or all last ones, for sums in order: those who wait for another's are started after it.
     """
     n_tiles, kv_heads, heads, section, turns_ptr = work
-    pid = gl.program_id(0)
-    before = pid // (section * n_tiles) * section
+    before = number // (section * n_tiles) * section
     width = gl.minimum(section, heads - before)
-    rest = pid - before * n_tiles
+    rest = number - before * n_tiles
     flat = before + rest % width
     tile = rest // width
     if turns_ptr is not None:
@@ -155,11 +188,18 @@ def _pass_on(turns_desc, one_smem, turn, is_taken):
 
 
 @gluon.jit
-def _load_keys(desc, place, bar, smem, slot):
-    """Brings 64 rows of K or V."""
+def _load_keys(k_desc, v_desc, place, k_smem, v_smem, full, empty, step):
+    """Brings the tile of keys, 64 rows of K and V at a time, once the consumers have let go of the last."""
     batch, kv_head, key0 = place
-    mbarrier.expect(bar, desc.block_type.nbytes)
-    tma_load(desc, [batch, kv_head, key0 + slot * ROWS, 0], bar, smem.index(slot))
+    TILES: gl.constexpr = k_smem.shape[0]
+    for i in gl.static_range(CONSUMERS):
+        mbarrier.wait(empty.index(i), (step & 1) ^ 1)
+    for i in gl.static_range(TILES):
+        row = key0 + i * ROWS
+        mbarrier.expect(full.index(i), k_desc.block_type.nbytes)
+        tma_load(k_desc, [batch, kv_head, row, 0], full.index(i), k_smem.index(i))
+        mbarrier.expect(full.index(TILES + i), v_desc.block_type.nbytes)
+        tma_load(v_desc, [batch, kv_head, row, 0], full.index(TILES + i), v_smem.index(i))
 
 
 @gluon.jit
@@ -180,27 +220,45 @@ def _load_queries(
 @gluon.jit
 def _produce(
     args, BLOCK_M: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
     """The producer warp."""
-    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, smem, bars, work, window, ranges, group, padded_q = args
+    q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, smem, bars, work, window, ranges, group, padded_q = args[:13]
+    next_ptr, next_smem = args[13:]
     q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem = smem
-    q_full, do_full, kv_full = bars
-    batch, kv_head, key0 = _place(work, KEYS)
-    TILES: gl.constexpr = KEYS // ROWS
-    for i in gl.static_range(TILES):
-        _load_keys(k_desc, (batch, kv_head, key0), kv_full.index(i), k_smem, i)
-        _load_keys(v_desc, (batch, kv_head, key0), kv_full.index(TILES + i), v_smem, i)
+    q_full, do_full, kv_full, kv_empty, next_full = bars
     it = 0
+    step = 0
     q_heads = work[1] * group
-    for head in range(kv_head * group, (kv_head + 1) * group):
-        at = (batch * q_heads + head) * padded_q
-        first, _, _, stop = _query_ranges(batch, head, key0, window, ranges, KEYS, BLOCK_M, LEFT, RIGHT)
-        for tile in range(first, stop):
-            place = (batch, head, tile * BLOCK_M)
-            _load_queries(q_desc, lse_desc, place, at, it, q_full, q_smem, lse_smem, Q_EMPTY, STAGES)
-            _load_queries(do_desc, delta_desc, place, at, it, do_full, do_smem, delta_smem, DO_EMPTY, DO_STAGES)
-            it += 1
+    number = gl.program_id(0)
+    if PERSISTENT:
+        _hand_on(number, next_smem, next_full, step)
+    while number < _count(work):
+        batch, kv_head, key0 = _place(number, work, KEYS)
+        keys = (k_desc, v_desc, (batch, kv_head, key0), k_smem, v_smem, kv_full, kv_empty, step)
+        missing = True  # the keys: from the second tile on, the first queries have a place before they do
+        if not PERSISTENT:
+            _load_keys(*keys)
+        for head in range(kv_head * group, (kv_head + 1) * group):
+            at = (batch * q_heads + head) * padded_q
+            first, _, _, stop = _query_ranges(batch, head, key0, window, ranges, KEYS, BLOCK_M, LEFT, RIGHT)
+            for tile in range(first, stop):
+                place = (batch, head, tile * BLOCK_M)
+                _load_queries(q_desc, lse_desc, place, at, it, q_full, q_smem, lse_smem, Q_EMPTY, STAGES)
+                if PERSISTENT:
+                    if missing:
+                        _load_keys(*keys)
+                    missing = False
+                _load_queries(do_desc, delta_desc, place, at, it, do_full, do_smem, delta_smem, DO_EMPTY, DO_STAGES)
+                it += 1
+        if PERSISTENT:
+            if missing:
+                _load_keys(*keys)
+            number = gl.atomic_add(next_ptr, 1, sem="relaxed") + gl.num_programs(0)
+            step += 1
+            _hand_on(number, next_smem, next_full, step)
+        else:
+            number = _count(work)
 
 
 @gluon.jit
@@ -240,9 +298,9 @@ def _mask_tile(s, keys, row0, window, LEFT: gl.constexpr, RIGHT: gl.constexpr, s
 
 
 @gluon.jit
-def _dq_operands(ds_smem, k_smem, buffer, OF: gl.constexpr, WG: gl.constexpr, BLOCK_M: gl.constexpr):
+def _dq_operands(ds_smem, k_smem, side, OF: gl.constexpr, WG: gl.constexpr, BLOCK_M: gl.constexpr):
     """dS^T and K of consumer OF's keys: as much of them as consumer WG's part of dQ needs."""
-    ds = _tile(ds_smem, buffer * CONSUMERS + OF)
+    ds = _tile(ds_smem[OF], side)
     k = _tile(k_smem, OF)
     if BLOCK_M == 128:
         return _half(ds, WG), k
@@ -261,7 +319,7 @@ def _query_loop(
     """Query tiles first to stop - 1, those of a head beginning at head_first."""
     q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, lse_smem, delta_smem = smem
     q_full, do_full = bars
-    batch, head, key0 = place
+    batch, head, head_row, key0 = place
     seqlen_q, seqlen_k, left, right = window
     dtype: gl.constexpr = k_smem.dtype
     D: gl.constexpr = k_smem.shape[4]
@@ -332,25 +390,25 @@ def _query_loop(
             dscores = dscores * slope
         p16 = gl.convert_layout(p.to(dtype), dv_operand, assert_trivial=True)
         ds16 = dscores.to(dtype)
-        ds_slot = (it % 2) * 2 + WG
-        _tile(ds_smem, ds_slot).store(ds16)
+        side = it % 2
+        _tile(ds_smem[WG], side).store(ds16)
         fence_async_shared()
-        exchange = EXCHANGE + it % 2 * CONSUMERS
+        exchange = EXCHANGE + side * CONSUMERS
         _arrive(exchange + WG, 256)
         dv = warpgroup_mma(p16, do, dv, is_async=True)
         # What needs nothing of the other consumer first: its dS may not be there yet. With one barrier for both before
         # dQ, and dK last, an H100 had 452 TFLOP/s in place of 491 (head_dim 64, 4096 positions, full).
-        ds, k = _dq_operands(ds_smem, k_smem, it % 2, WG, WG, BLOCK_M)
+        ds, k = _dq_operands(ds_smem, k_smem, side, WG, WG, BLOCK_M)
         dq = warpgroup_mma(ds.permute((1, 0)), k, dq_zero, use_acc=False, is_async=True)
         ds16 = gl.convert_layout(ds16, dk_operand, assert_trivial=True)
         dk = warpgroup_mma(ds16, q, dk, is_async=True)
         _sync(exchange + (1 - WG), 256)
-        ds, k = _dq_operands(ds_smem, k_smem, it % 2, 1 - WG, WG, BLOCK_M)
+        ds, k = _dq_operands(ds_smem, k_smem, side, 1 - WG, WG, BLOCK_M)
         dq = warpgroup_mma(ds.permute((1, 0)), k, dq, is_async=True)
         dv, p16 = warpgroup_mma_wait(3, [dv, p16])
         _arrive(DO_EMPTY + do_slot, THREADS)
         if ds_desc is not None:
-            tma_store(ds_desc, [batch, head, key0, row0], ds_smem.index(ds_slot))
+            tma_store(ds_desc, [batch, head, key0, row0], ds_smem[WG].index(side))
         dk, ds16 = warpgroup_mma_wait(1, [dk, ds16])
         _arrive(Q_EMPTY + slot, THREADS)
         dq = warpgroup_mma_wait(0, [dq])
@@ -360,30 +418,31 @@ def _query_loop(
             if RIGHT:
                 _pass_on(turns_desc, one_smem, turn - 2, tile > head_first)
         tma.store_wait(0)
-        dq_smem.index(WG).reshape([DQ_ROWS, DQ_COLUMNS]).store(dq)
+        dq_smem.index(WG).store(dq)
         fence_async_shared()
         if turns[0] is not None:
             _take_turn(turns_ptr, turn, number, count)
         if BLOCK_M == 128:
-            tma_add(dq_desc, [batch, head, row0 + WG * DQ_ROWS, 0], dq_smem.index(WG))
+            tma_add(dq_desc, [head_row + row0 + WG * DQ_ROWS, 0], dq_smem.index(WG))
         else:
-            tma_add(dq_desc, [batch, head, row0, WG * DQ_COLUMNS], dq_smem.index(WG))
+            tma_add(dq_desc, [head_row + row0, WG * DQ_COLUMNS], dq_smem.index(WG))
         it += 1
     return dk, dv, it
 
 
 @gluon.jit
-def _consume(
-    args, WG: gl.constexpr, BLOCK_M: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr,
+def _work_on(
+    number, step, it, args, WG: gl.constexpr, BLOCK_M: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+    DO_STAGES: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr,
     OPEN_LOAD: gl.constexpr, OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, DROPOUT: gl.constexpr,
+    PERSISTENT: gl.constexpr,
 ):  # fmt: skip
-    """Consumer warp group number WG."""
+    """One tile of keys of consumer warp group number WG, of this CTA's number `step`."""
     dq_desc, ds_desc, dk_desc, dv_desc, operands, smem, bars, work, window, ranges, group = args[:11]
-    scale, grad_scale, dropout, turns_ptr, turns_desc, one_smem = args[11:]
+    scale, grad_scale, dropout, turns_ptr, turns_desc, one_smem, next_smem, padded_q = args[11:]
     seed_ptr, threshold, keep_scale = dropout
-    q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, lse_smem, delta_smem = smem
-    q_full, do_full, kv_full = bars
+    ds_smem, dq_smem = smem[4:6]
+    q_full, do_full, kv_full, kv_empty, next_full = bars
     seqlen_q, seqlen_k, left, right = window
     dtype: gl.constexpr = dk_desc.dtype
     D: gl.constexpr = dk_desc.block_type.shape[3]
@@ -391,40 +450,38 @@ def _consume(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
-    batch, kv_head, tile_key0 = _place(work, KEYS)
+    loop_bars = (q_full, do_full)
+    batch, kv_head, tile_key0 = _place(number, work, KEYS)
     key0 = tile_key0 + WG * ROWS
     dk = gl.zeros([ROWS, D], gl.float32, dk_layout)
     dv = gl.zeros([ROWS, DV], gl.float32, dv_layout)
-
-    it = 0
     for i in gl.static_range(2 * CONSUMERS):
-        mbarrier.wait(kv_full.index(i), 0)
-    loop_smem = (q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, lse_smem, delta_smem)
-    loop_bars = (q_full, do_full)
+        mbarrier.wait(kv_full.index(i), step & 1)
     for head in range(kv_head * group, (kv_head + 1) * group):
-        place = (batch, head, key0)
+        flat = batch * (work[1] * group) + head
+        place = (batch, head, flat * padded_q, key0)
         random = (0, 0, 0, 0.0)
         if DROPOUT:
-            key, salt = key_of_head(seed_ptr, batch * (work[1] * group) + head)
+            key, salt = key_of_head(seed_ptr, flat)
             random = (key, salt, threshold, keep_scale)
-        turns = (turns_ptr, turns_desc, one_smem, batch * (work[1] * group) + head, tile_key0, KEYS)
+        turns = (turns_ptr, turns_desc, one_smem, flat, tile_key0, KEYS)
         first, open_first, open_stop, stop = _query_ranges(
             batch, head, tile_key0, window, ranges, KEYS, BLOCK_M, LEFT, RIGHT
         )
         # Upwards from the first: tiles at an edge, tiles in which nothing is hidden, tiles at the other edge.
         dk, dv, it = _query_loop(
-            dk, dv, it, first, first, open_first, place, scale, grad_scale, loop_smem, loop_bars, window,
+            dk, dv, it, first, first, open_first, place, scale, grad_scale, smem, loop_bars, window,
             dq_desc, ds_desc, turns, operands, random,
             WG, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, LOAD, APPLY, CAPPED, DROPOUT, s_layout,
         )  # fmt: skip
         dk, dv, it = _query_loop(
-            dk, dv, it, first, open_first, open_stop, place, scale, grad_scale, loop_smem, loop_bars, window,
+            dk, dv, it, first, open_first, open_stop, place, scale, grad_scale, smem, loop_bars, window,
             dq_desc, ds_desc, turns, operands, random,
             WG, BLOCK_M, STAGES, DO_STAGES, False, LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY, CAPPED, DROPOUT, s_layout,
         )  # fmt: skip
         if LEFT or ranges is not None:
             dk, dv, it = _query_loop(
-                dk, dv, it, first, open_stop, stop, place, scale, grad_scale, loop_smem, loop_bars, window,
+                dk, dv, it, first, open_stop, stop, place, scale, grad_scale, smem, loop_bars, window,
                 dq_desc, ds_desc, turns, operands, random,
                 WG, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT, LOAD, APPLY, CAPPED, DROPOUT, s_layout,
             )  # fmt: skip
@@ -432,18 +489,55 @@ def _consume(
             turn, _ = _turn_of(turns[3], stop - 1, tile_key0, window, WG, KEYS, BLOCK_M, RIGHT)
             _pass_on(turns_desc, one_smem, turn, stop > first)
 
-    # Out by way of K's and V's shared memory, once the other consumer is done with it too.
-    exchange = EXCHANGE + it % 2 * CONSUMERS
-    _arrive(exchange + WG, 256)
-    _sync(exchange + (1 - WG), 256)
-    _tile(k_smem, WG).store((dk * grad_scale).to(dtype))
+    # Out by way of dQ's shared memory and, once the other consumer has read it too, of dS's.
+    if PERSISTENT:
+        number = _read(next_smem, step)
+        mbarrier.arrive(kv_empty.index(WG), count=1)
+    batch, kv_head, tile_key0 = _place(_opaque(number), work, KEYS)  # worked out again, for the registers
+    key0 = tile_key0 + WG * ROWS
+    tma.store_wait(0)
+    dk_smem = reinterpret(dq_smem.index(WG), dk_desc)
+    dk_smem.reshape([ROWS, D]).store((dk * grad_scale).to(dtype))
+    fence_async_shared()
+    tma_store(dk_desc, [batch, kv_head, key0, 0], dk_smem)
+    _sync(FINISHED, 256)
     if DROPOUT:
         dv = dv * keep_scale
-    _tile(v_smem, WG).store(dv.to(dtype))
+    dv_smem = reinterpret(ds_smem[WG], dv_desc)
+    dv_smem.reshape([ROWS, DV]).store(dv.to(dtype))
     fence_async_shared()
-    tma_store(dk_desc, [batch, kv_head, key0, 0], k_smem.index(WG))
-    tma_store(dv_desc, [batch, kv_head, key0, 0], v_smem.index(WG))
-    tma.store_wait(0)
+    tma_store(dv_desc, [batch, kv_head, key0, 0], dv_smem)
+    return it
+
+
+@gluon.jit
+def _consume(
+    args, queue, WG: gl.constexpr, BLOCK_M: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+    DO_STAGES: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr,
+    OPEN_LOAD: gl.constexpr, OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, DROPOUT: gl.constexpr,
+    PERSISTENT: gl.constexpr,
+):  # fmt: skip
+    """Consumer warp group number WG."""
+    work, next_smem, next_full = queue
+    it = 0
+    step = 0
+    if PERSISTENT:
+        number = _next(next_smem, next_full, step)
+        while number < _count(work):
+            it = _work_on(
+                number, step, it, args, WG, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD,
+                OPEN_APPLY, CAPPED, DROPOUT, PERSISTENT,
+            )  # fmt: skip
+            step += 1
+            number = _next(next_smem, next_full, step)
+            tma.store_wait(0)
+    else:
+        _work_on(
+            gl.program_id(0), step, it, args, WG, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD,
+            OPEN_APPLY, CAPPED, DROPOUT, PERSISTENT,
+        )  # fmt: skip
+        tma.store_wait(0)
 
 
 @gluon.jit(
@@ -456,9 +550,10 @@ def _consume(
 def backward_kernel(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, ds_desc, dk_desc, dv_desc, ranges, operands,
     n_tiles, kv_heads, heads, section, group, padded_q, seqlen_q, seqlen_k, left, right, scale, grad_scale,
-    seed_ptr, threshold, keep_scale, turns_ptr, turns_desc,
+    seed_ptr, threshold, keep_scale, turns_ptr, turns_desc, next_ptr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
-    OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, PERSISTENT: gl.constexpr, STAGES: gl.constexpr,
+    DO_STAGES: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = q_desc.block_type.shape[2]
     KEYS: gl.constexpr = 2 * ROWS
@@ -468,13 +563,19 @@ def backward_kernel(
     k_smem = _ring((k_desc,), CONSUMERS)[0]
     v_smem = _ring((v_desc,), CONSUMERS)[0]
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, ROWS, BLOCK_M], dtype)
-    ds_smem = gl.allocate_shared_memory(dtype, [2 * CONSUMERS, 1, 1, ROWS, BLOCK_M], ds_layout)
+    ds_smem = (
+        gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, BLOCK_M], ds_layout),
+        gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, BLOCK_M], ds_layout),
+    )
     dq_smem = gl.allocate_shared_memory(gl.float32, [CONSUMERS] + dq_desc.block_type.shape, dq_desc.layout)
     lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], lse_desc.layout)
     delta_smem = gl.allocate_shared_memory(gl.float32, [DO_STAGES, BLOCK_M], lse_desc.layout)
     q_full = _barriers(STAGES)
     do_full = _barriers(DO_STAGES)
     kv_full = _barriers(2 * CONSUMERS)
+    kv_empty = _barriers(CONSUMERS)
+    next_full = _barriers(2)
+    next_smem = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     one_smem = lse_smem  # (of no use)
     if turns_ptr is not None:
         one_smem = _one(turns_desc)
@@ -482,28 +583,31 @@ def backward_kernel(
 
     work = (n_tiles, kv_heads, heads, section, turns_ptr)
     window = (seqlen_q, seqlen_k, left, right)
-    bars = (q_full, do_full, kv_full)
+    bars = (q_full, do_full, kv_full, kv_empty, next_full)
     produce = (
         q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc,
         (q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem), bars, work, window, ranges, group, padded_q,
+        next_ptr, next_smem,
     )  # fmt: skip
     consume = (
         dq_desc, ds_desc, dk_desc, dv_desc, operands,
         (q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, lse_smem, delta_smem), bars, work, window, ranges, group,
-        scale, grad_scale, (seed_ptr, threshold, keep_scale), turns_ptr, turns_desc, one_smem,
+        scale, grad_scale, (seed_ptr, threshold, keep_scale), turns_ptr, turns_desc, one_smem, next_smem,
+        padded_q,
     )  # fmt: skip
+    queue = (work, next_smem, next_full)
     DROPOUT: gl.constexpr = seed_ptr is not None
     gl.warp_specialize(
         [
             (_consume, (
-                consume, 0, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY,
-                CAPPED, DROPOUT,
+                consume, queue, 0, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY,
+                CAPPED, DROPOUT, PERSISTENT,
             )),
             (_consume, (
-                consume, 1, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY,
-                CAPPED, DROPOUT,
+                consume, queue, 1, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY,
+                CAPPED, DROPOUT, PERSISTENT,
             )),
-            (_produce, (produce, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT)),
+            (_produce, (produce, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, PERSISTENT)),
         ],
         [4, 1],
         [240, 24],

@@ -49,7 +49,9 @@ from fa3_inductor.kernels.backward_kernel import (
     DO_EMPTY,
     Q_EMPTY,
     THREADS,
+    _count,
     _mask_tile,
+    _next,
     _one,
     _opaque,
     _pass_on,
@@ -57,6 +59,7 @@ from fa3_inductor.kernels.backward_kernel import (
     _place,
     _produce,
     _query_ranges,
+    _read,
     _take_turn,
     _turn_of,
 )
@@ -296,40 +299,39 @@ def _query_loop(
 
 
 @gluon.jit
-def _consume(
-    args, ROLE: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
-    OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr,
-    LATE: gl.constexpr, DROPOUT: gl.constexpr,
+def _work_on(
+    tile_number, step, it, args, ROLE: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    DO_STAGES: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr,
+    OPEN_LOAD: gl.constexpr, OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, COLUMNS: gl.constexpr,
+    COLUMNS_V: gl.constexpr, LATE: gl.constexpr, DROPOUT: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
-    """The consumer of that role."""
+    """One tile of keys of the consumer of that role, of this CTA's number `step`."""
     dq_ptr, ds_desc, out_desc, operands, smem, bars, work, window, ranges, group, padded_q = args[:11]
-    scale, grad_scale, seed_ptr, threshold, keep_scale, turns = args[11:]
+    scale, grad_scale, seed_ptr, threshold, keep_scale, turns, next_smem = args[11:]
     q_smem, do_smem, k_smem, v_smem, p_smem, ds_smem, lse_smem, delta_smem = smem
-    q_full, do_full, kv_full = bars
+    q_full, do_full, kv_full, kv_empty, next_full = bars
     seqlen_q, seqlen_k, left, right = window
     dtype: gl.constexpr = out_desc.dtype
     COLUMN: gl.constexpr = _first_column(ROLE)
     OWN: gl.constexpr = _own_columns(ROLE, COLUMNS)
     OUT_COLUMNS: gl.constexpr = COLUMNS_V if ROLE == WEIGHTS else COLUMNS
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    batch, kv_head, key0 = _place(work, ROWS)
+    loop_bars = (q_full, do_full)
+    batch, kv_head, key0 = _place(tile_number, work, ROWS)
     if OUT_COLUMNS == 192:
         acc = (_zeros(128), _zeros(64))
     else:
         acc = (_zeros(OUT_COLUMNS),)
 
     # Before the first tile there is the dQ of none: of what happens to be in the buffer, and added to no rows.
-    it = 0
     last_row = -1
     turn = -1
     number = 0
     taken = -1
     if ROLE == SCORES:
         _arrive(DS_THERE, 256)
-    mbarrier.wait(kv_full.index(0), 0)
-    mbarrier.wait(kv_full.index(1), 0)
-    loop_bars = (q_full, do_full)
+    mbarrier.wait(kv_full.index(0), step & 1)
+    mbarrier.wait(kv_full.index(1), step & 1)
     for head in range(kv_head * group, (kv_head + 1) * group):
         flat = batch * (work[1] * group) + head
         place = (batch, head, flat, flat * padded_q, key0)
@@ -344,21 +346,18 @@ def _consume(
         acc, it, last_row, turn, number, taken = _query_loop(
             acc, it, last_row, turn, number, taken, first, open_first, place, scale, grad_scale, smem, loop_bars,
             window, dq_ptr, ds_desc, turns, operands, random, ROLE, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT,
-            LOAD, APPLY, CAPPED,
-            COLUMNS, COLUMNS_V, LATE, DROPOUT, s_layout,
+            LOAD, APPLY, CAPPED, COLUMNS, COLUMNS_V, LATE, DROPOUT, s_layout,
         )  # fmt: skip
         acc, it, last_row, turn, number, taken = _query_loop(
-            acc, it, last_row, turn, number, taken, open_first, open_stop, place, scale, grad_scale, smem, loop_bars,
-            window, dq_ptr, ds_desc, turns, operands, random, ROLE, BLOCK_M, STAGES, DO_STAGES, False, LEFT, RIGHT,
-            OPEN_LOAD, OPEN_APPLY,
-            CAPPED, COLUMNS, COLUMNS_V, LATE, DROPOUT, s_layout,
+            acc, it, last_row, turn, number, taken, open_first, open_stop, place, scale, grad_scale, smem,
+            loop_bars, window, dq_ptr, ds_desc, turns, operands, random, ROLE, BLOCK_M, STAGES, DO_STAGES, False,
+            LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY, CAPPED, COLUMNS, COLUMNS_V, LATE, DROPOUT, s_layout,
         )  # fmt: skip
         if LEFT or ranges is not None:
             acc, it, last_row, turn, number, taken = _query_loop(
                 acc, it, last_row, turn, number, taken, open_stop, stop, place, scale, grad_scale, smem, loop_bars,
-                window, dq_ptr, ds_desc, turns, operands, random, ROLE, BLOCK_M, STAGES, DO_STAGES, True, LEFT, RIGHT,
-                LOAD, APPLY, CAPPED,
-                COLUMNS, COLUMNS_V, LATE, DROPOUT, s_layout,
+                window, dq_ptr, ds_desc, turns, operands, random, ROLE, BLOCK_M, STAGES, DO_STAGES, True, LEFT,
+                RIGHT, LOAD, APPLY, CAPPED, COLUMNS, COLUMNS_V, LATE, DROPOUT, s_layout,
             )  # fmt: skip
 
     if ROLE == WEIGHTS:
@@ -366,20 +365,24 @@ def _consume(
     dq_zero = _zeros(OWN)
     dq = _dq(_tile(ds_smem, (it + 1) % 2).permute((1, 0)), _tile(k_smem, 0), COLUMN, dq_zero)
     dq = warpgroup_mma_wait(0, [dq])
+    if ROLE == WEIGHTS:
+        _arrive(P_THERE, 256)
     if turns[0] is not None:
         _change_turns(turns, taken, turn, number, -1, ROLE)
     _add(dq_ptr, last_row, COLUMN, dq, COLUMNS)
     if turns[0] is not None:
         _change_turns(turns, turn, -1, 0, -1, ROLE)
 
-    # Out by way of memory of the same shape that nobody reads any more: V's after the last dS, Q's after the last dK.
+    if PERSISTENT:  # worked out again, for the registers
+        batch, kv_head, key0 = _place(_read(next_smem, step), work, ROWS)
+    # Out by way of memory of the same shape that nobody reads any more: V's after the last dS, K's after all of dQ.
     if ROLE == WEIGHTS:
         factor = keep_scale if DROPOUT else 1.0
         out_smem = v_smem
     else:
         factor = grad_scale
-        out_smem = q_smem
-        _sync(TOGETHER, 128)  # all of this group are through with it
+        out_smem = k_smem
+        _sync(P_THERE, 256)
     out = _cut(_tile(out_smem, 0), OUT_COLUMNS)
     out[0].store((acc[0] * factor).to(dtype))
     if len(acc) == 2:
@@ -387,6 +390,35 @@ def _consume(
     fence_async_shared()
     tma_store(out_desc, [batch, kv_head, key0, 0], out_smem.index(0))
     tma.store_wait(0)
+    mbarrier.arrive(kv_empty.index(ROLE), count=1)
+    return it
+
+
+@gluon.jit
+def _consume(
+    args, queue, ROLE: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
+    OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr,
+    LATE: gl.constexpr, DROPOUT: gl.constexpr, PERSISTENT: gl.constexpr,
+):  # fmt: skip
+    """The consumer of that role."""
+    work, next_smem, next_full = queue
+    it = 0
+    step = 0
+    if PERSISTENT:
+        number = _next(next_smem, next_full, step)
+        while number < _count(work):
+            it = _work_on(
+                number, step, it, args, ROLE, BLOCK_M, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD,
+                OPEN_APPLY, CAPPED, COLUMNS, COLUMNS_V, LATE, DROPOUT, PERSISTENT,
+            )  # fmt: skip
+            step += 1
+            number = _next(next_smem, next_full, step)
+    else:
+        _work_on(
+            gl.program_id(0), step, it, args, ROLE, BLOCK_M, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD,
+            OPEN_APPLY, CAPPED, COLUMNS, COLUMNS_V, LATE, DROPOUT, PERSISTENT,
+        )  # fmt: skip
 
 
 @gluon.jit(
@@ -399,10 +431,10 @@ def _consume(
 def backward_wide_kernel(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_ptr, ds_desc, dk_desc, dv_desc, ranges, operands,
     n_tiles, kv_heads, heads, section, group, padded_q, seqlen_q, seqlen_k, left, right, scale, grad_scale,
-    seed_ptr, threshold, keep_scale, turns_ptr, turns_desc,
+    seed_ptr, threshold, keep_scale, turns_ptr, turns_desc, next_ptr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
-    OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, STAGES: gl.constexpr, DO_STAGES: gl.constexpr,
-    COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, LATE: gl.constexpr,
+    OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, PERSISTENT: gl.constexpr, STAGES: gl.constexpr,
+    DO_STAGES: gl.constexpr, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = q_desc.block_type.shape[2]
     dtype: gl.constexpr = q_desc.dtype
@@ -422,6 +454,9 @@ def backward_wide_kernel(
     q_full = _barriers(STAGES)
     do_full = _barriers(DO_STAGES)
     kv_full = _barriers(2)
+    kv_empty = _barriers(2)
+    next_full = _barriers(2)
+    next_smem = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     one_smem = lse_smem  # (of no use)
     if turns_ptr is not None:
         one_smem = _one(turns_desc)
@@ -431,31 +466,33 @@ def backward_wide_kernel(
     DROPOUT: gl.constexpr = seed_ptr is not None
     work = (n_tiles, kv_heads, heads, section, turns_ptr)
     window = (seqlen_q, seqlen_k, left, right)
-    bars = (q_full, do_full, kv_full)
+    bars = (q_full, do_full, kv_full, kv_empty, next_full)
     produce = (
         q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc,
         (q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem), bars, work, window, ranges, group, padded_q,
+        next_ptr, next_smem,
     )  # fmt: skip
     smem = (q_smem, do_smem, k_smem, v_smem, p_smem, ds_smem, lse_smem, delta_smem)
     weights = (
         dq_ptr, ds_desc, dv_desc, operands, smem, bars, work, window, ranges, group, padded_q, scale, grad_scale,
-        seed_ptr, threshold, keep_scale, turns,
+        seed_ptr, threshold, keep_scale, turns, next_smem,
     )  # fmt: skip
     scores = (
         dq_ptr, ds_desc, dk_desc, operands, smem, bars, work, window, ranges, group, padded_q, scale, grad_scale,
-        seed_ptr, threshold, keep_scale, turns,
+        seed_ptr, threshold, keep_scale, turns, next_smem,
     )  # fmt: skip
+    queue = (work, next_smem, next_full)
     gl.warp_specialize(
         [
             (_consume, (
-                weights, WEIGHTS, BLOCK_M, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY, CAPPED,
-                COLUMNS, COLUMNS_V, LATE, DROPOUT,
+                weights, queue, WEIGHTS, BLOCK_M, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY,
+                CAPPED, COLUMNS, COLUMNS_V, LATE, DROPOUT, PERSISTENT,
             )),
             (_consume, (
-                scores, SCORES, BLOCK_M, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY, CAPPED,
-                COLUMNS, COLUMNS_V, LATE, DROPOUT,
+                scores, queue, SCORES, BLOCK_M, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD, OPEN_APPLY,
+                CAPPED, COLUMNS, COLUMNS_V, LATE, DROPOUT, PERSISTENT,
             )),
-            (_produce, (produce, BLOCK_M, ROWS, STAGES, DO_STAGES, LEFT, RIGHT)),
+            (_produce, (produce, BLOCK_M, ROWS, STAGES, DO_STAGES, LEFT, RIGHT, PERSISTENT)),
         ],
         [4, 1],
         [240, 24],

@@ -20,3 +20,10 @@ else:
         """Adds a tile in shared memory to the one at `coord` of a tensor, in float32."""
         coord = _semantic._convert_to_ir_values(coord, require_i64=False)
         _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+
+
+@builtin
+def reinterpret(smem, tensor_desc, _semantic=None):
+    """Shared memory as room for a block of a tensor descriptor. (A method of it, named `_reinterpret` before 3.8.)"""
+    block = tensor_desc.block_type
+    return _semantic.memdesc_reinterpret(smem, tensor_desc.dtype, list(block.shape), tensor_desc.layout)

@@ -35,6 +35,7 @@ class Tile:
     consumer_regs: int  # per thread, by setmaxnreg; the pool is 64K registers per SM
     producer_regs: int
     ping_pong: bool = False  # consumers take turns to issue their matrix products
+    overlap: bool = True  # a consumer's softmax runs beside its own product with V (False only to measure that)
     shared_o: bool = False  # O leaves by way of Q's shared memory if its parts are alike; the next Q waits for that
 
 
@@ -339,7 +340,7 @@ def launch_arguments(
         batch * q_heads * m_tiles, m_tiles, q_heads, q_heads // kv_heads, seqlen_q, seqlen_k, left or 0, right or 0,
         scale * _LOG2E, seed, threshold(dropout_p), keep_scale(dropout_p),
         left is not None, right is not None, *score_functions,
-        tile.consumers, STAGES, tile.ping_pong, shared_o, tile.consumer_regs, tile.producer_regs,
+        tile.consumers, STAGES, tile.ping_pong, tile.overlap, shared_o, tile.consumer_regs, tile.producer_regs,
     )  # fmt: skip
 
 

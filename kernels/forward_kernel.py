@@ -358,9 +358,9 @@ def _load_terms(LOAD: gl.constexpr, operands, place, column0, window, s_layout: 
 @gluon.jit
 def _kv_loop(
     o, packed, l_i, m_i, it, tile, stop, place, scale, q, k_smem, v_smem, k_full, v_full, operands, window, random,
-    WG: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr, MASKED: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, SCALED: gl.constexpr,
-    DROPOUT: gl.constexpr, s_layout: gl.constexpr, p_layout: gl.constexpr,
+    WG: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
+    MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr,
+    SCALED: gl.constexpr, DROPOUT: gl.constexpr, s_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
     """KV tiles tile - 1 down to stop. Enters and leaves with the last tile's weights not yet multiplied by V."""
     BLOCK_N: gl.constexpr = s_layout.instr_shape[1]
@@ -383,7 +383,7 @@ def _kv_loop(
             _arrive(TURN + (WG + 1) % CONSUMERS, 256)
         if APPLY is not None:
             terms = _load_terms(LOAD, operands, place, column0, window, s_layout, False)
-        s = warpgroup_mma_wait(PV_GROUPS, [s])
+        s = warpgroup_mma_wait(PV_GROUPS if OVERLAP else 0, [s])
         _arrive(K_EMPTY + slot, THREADS)
         if APPLY is not None:
             s = APPLY(s, scale, terms)
@@ -456,7 +456,7 @@ def _store(descs, o, smem, slot, batch, head, row):
 @gluon.jit
 def _consume(
     args, WG: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, PING_PONG: gl.constexpr, SHARED_O: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr, SHARED_O: gl.constexpr,
     SINKS: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr, OPEN_APPLY: gl.constexpr,
     SCALED: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
@@ -537,7 +537,8 @@ def _consume(
             o, packed, l_i, m_i, it = _kv_loop(
                 o, packed, l_i, m_i, it, tile, open_stop, place, scale,
                 q, k_smem, v_smem, k_full, v_full, operands, window, random,
-                WG, CONSUMERS, STAGES, PING_PONG, True, LEFT, RIGHT, LOAD, APPLY, SCALED, DROPOUT, s_layout, p_layout,
+                WG, CONSUMERS, STAGES, PING_PONG, OVERLAP, True, LEFT, RIGHT, LOAD, APPLY, SCALED, DROPOUT,
+                s_layout, p_layout,
             )  # fmt: skip
         open_first = first
         if LEFT:
@@ -550,14 +551,15 @@ def _consume(
         o, packed, l_i, m_i, it = _kv_loop(
             o, packed, l_i, m_i, it, open_stop, open_first, place, scale,
             q, k_smem, v_smem, k_full, v_full, operands, window, random,
-            WG, CONSUMERS, STAGES, PING_PONG, False, LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
-            s_layout, p_layout,
+            WG, CONSUMERS, STAGES, PING_PONG, OVERLAP, False, LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY, SCALED,
+            DROPOUT, s_layout, p_layout,
         )  # fmt: skip
         if LEFT or ranges is not None:
             o, packed, l_i, m_i, it = _kv_loop(
                 o, packed, l_i, m_i, it, open_first, first, place, scale,
                 q, k_smem, v_smem, k_full, v_full, operands, window, random,
-                WG, CONSUMERS, STAGES, PING_PONG, True, LEFT, RIGHT, LOAD, APPLY, SCALED, DROPOUT, s_layout, p_layout,
+                WG, CONSUMERS, STAGES, PING_PONG, OVERLAP, True, LEFT, RIGHT, LOAD, APPLY, SCALED, DROPOUT,
+                s_layout, p_layout,
             )  # fmt: skip
         if not SHARED_O:
             mbarrier.arrive(q_empty.index(WG), count=1)
@@ -622,7 +624,8 @@ def forward_kernel(
     threshold, keep_scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
     OPEN_APPLY: gl.constexpr, SCALED: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    PING_PONG: gl.constexpr, SHARED_O: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    PING_PONG: gl.constexpr, OVERLAP: gl.constexpr, SHARED_O: gl.constexpr, CONSUMER_REGS: gl.constexpr,
+    PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[2]
     q_descs = _parts(q_desc, q_desc2)
@@ -655,12 +658,12 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (_consume, (
-                    consume, 0, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY,
-                    OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
+                    consume, 0, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, OVERLAP, SHARED_O, SINKS,
+                    LOAD, APPLY, OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
                 )),
                 (_consume, (
-                    consume, 1, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY,
-                    OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
+                    consume, 1, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, OVERLAP, SHARED_O, SINKS,
+                    LOAD, APPLY, OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
                 )),
                 (_produce, (produce, BLOCK_N, 2, STAGES, LEFT, RIGHT)),
             ],
@@ -671,16 +674,16 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (_consume, (
-                    consume, 0, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY,
-                    OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
+                    consume, 0, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, OVERLAP, SHARED_O, SINKS,
+                    LOAD, APPLY, OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
                 )),
                 (_consume, (
-                    consume, 1, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY,
-                    OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
+                    consume, 1, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, OVERLAP, SHARED_O, SINKS,
+                    LOAD, APPLY, OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
                 )),
                 (_consume, (
-                    consume, 2, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, SHARED_O, SINKS, LOAD, APPLY,
-                    OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
+                    consume, 2, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, OVERLAP, SHARED_O, SINKS,
+                    LOAD, APPLY, OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
                 )),
                 (_produce, (produce, BLOCK_N, 3, STAGES, LEFT, RIGHT)),
             ],

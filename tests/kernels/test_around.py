@@ -48,7 +48,8 @@ def wrong_statistics(seqlen, head_dim, head_dim_v, dtype, extra, out_layout, dou
     padded = -(-seqlen // 64) * 64
     rows, around_rows = poisoned(2, BATCH, HEADS, padded)
     sums, around_sums = poisoned(BATCH, HEADS, padded if extra else seqlen, head_dim + extra)
-    grid, args = statistics_arguments(out, dout, lse, *rows, sums, 1.7)
+    next_tile, around_next = poisoned(1)
+    grid, args = statistics_arguments(out, dout, lse, *rows, sums, next_tile, 1.7)
     statistics_kernel[grid](*args)
     wanted = torch.full_like(rows, math.inf)
     wanted[0, ..., :seqlen] = torch.where(lse == -math.inf, math.inf, lse * 1.7)
@@ -58,9 +59,9 @@ def wrong_statistics(seqlen, head_dim, head_dim_v, dtype, extra, out_layout, dou
         yield "scaled"
     if not torch.allclose(rows[1], wanted[1], atol=1e-4) or rows[1, ..., seqlen:].any():
         yield "delta"
-    if sums.ne(0).any():
-        yield "sums"
-    if not (around_rows.isnan().sum() == around_sums.isnan().sum() == 2000):
+    if sums.ne(0).any() or next_tile.ne(0).any():
+        yield "zeros"
+    if not (around_rows.isnan().sum() == around_sums.isnan().sum() == around_next.isnan().sum() == 2000):
         yield "memory of others"
 
 

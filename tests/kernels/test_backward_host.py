@@ -10,6 +10,7 @@ from tests.gluon import as_python
 pytest.importorskip("triton")
 
 from fa3_inductor.kernels import backward, backward_kernel  # noqa: E402
+from fa3_inductor.kernels.formulas import NO_FORMULAS  # noqa: E402
 
 
 @pytest.mark.parametrize("left", [None, -5, 0, 3, 100, 1000], ids=str)
@@ -56,7 +57,7 @@ def test_turns_are_taken_one_after_the_other(left, right, seqlens, keys, block_m
 def test_every_tile_has_one_block(n_tiles, kv_heads, batch, section):
     work, count = (n_tiles, kv_heads, batch * kv_heads, section), n_tiles * batch * kv_heads
     places, in_order = (
-        [as_python(backward_kernel._place, pid)((*work, turns), 128) for pid in range(count)]
+        [as_python(backward_kernel._place)(number, (*work, turns), 128) for number in range(count)]
         for turns in (None, "there")
     )
     assert sorted(places) == sorted(itertools.product(range(batch), range(kv_heads), range(0, 128 * n_tiles, 128)))
@@ -78,3 +79,37 @@ def test_a_bias_beside_a_soft_cap_has_no_gradient():
     x = torch.zeros(1, 1, 8, 8)
     with pytest.raises(ValueError, match="beside a soft cap"):
         backward.attention_backward(x, x, x, x, x, None, x, x, scale=1.0, softcap=1.0, bias_grad=True)
+
+
+def arguments(head_dim, heads, seqlen, **options):
+    """The grid and the arguments of a launch, and the tensors of which a call replaces the addresses."""
+    q, k, v, dout = (torch.empty(1, heads, seqlen, head_dim, device="meta", dtype=torch.bfloat16) for _ in range(4))
+    tile = backward.tile_for(head_dim, head_dim)
+    in_order, dropout = options.get("in_order", False), options.get("dropout", False)
+    buffers = backward._buffers(q, k, v, None, NO_FORMULAS, tile, False, in_order)
+    dq, dk, dv, rows, sums, next_tile, _, _, turns = buffers
+    lse, delta = rows[0].clone(), rows[1].clone()
+    seed = torch.empty(1, device="meta", dtype=torch.int64) if dropout else None
+    grid, args = backward.launch_arguments(
+        dout, q, k, v, None, None, lse, delta, sums, dk, dv, None, None, next_tile, 0.1, seed=seed,
+        dropout_p=0.1 if dropout else 0.0, turns=turns, tile=tile, sm_count=132,
+    )  # fmt: skip
+    return grid, args, [q, k, v, dout, lse, delta, sums, dk, dv, next_tile]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_descriptors_are_of_the_tensors_themselves(head_dim):
+    """A call replaces addresses by whose they are: of a view, nobody would replace it."""
+    _, args, tensors = arguments(head_dim, 4, 1000)
+    bases = [arg.base for arg in args if hasattr(arg, "base")]
+    assert len(bases) >= 8
+    assert all(any(base is x for x in tensors) for base in bases)
+
+
+@pytest.mark.parametrize("head_dim, keys", [(64, 128), (128, 128), (256, 64)])
+def test_how_many_ctas_there_are(head_dim, keys):
+    tiles = -(-5000 // keys)
+    assert arguments(head_dim, 1, 5000)[0] == (tiles, 1, 1)
+    assert arguments(head_dim, 16, 5000)[0] == (132, 1, 1)
+    assert arguments(head_dim, 16, 5000, in_order=True)[0] == (16 * tiles, 1, 1)
+    assert arguments(head_dim, 16, 5000, dropout=True)[0] == (16 * tiles, 1, 1)
