@@ -3,7 +3,7 @@
 import types
 
 
-def as_python(function, program_id: int = 0):
-    """The function behind `@gluon.jit`, for a program of that number."""
-    gl = types.SimpleNamespace(minimum=min, maximum=max, program_id=lambda axis: program_id)
+def as_python(function):
+    """The function behind `@gluon.jit`."""
+    gl = types.SimpleNamespace(minimum=min, maximum=max)
     return types.FunctionType(function.fn.__code__, {"gl": gl})
