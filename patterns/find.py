@@ -1,6 +1,7 @@
 """Finding attention: anchored at softmax and at scaled_dot_product_attention, walked outwards to q, k and v."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .algebra import Algebra, Opaque, to_boolean
+from .assigned import sum_up_assignments
 from .float8 import read_float8
 from .formulas import formula_of_score
 from .indices import ONE, ZERO, Index, Space, broadcast_index, shape_exprs, size_expr
@@ -42,6 +44,7 @@ class Found:
 
 def find_attention(graph: Graph, algebra: Algebra) -> Iterator[Found]:
     """Every attention in a captured graph, in graph order. A softmax that is no attention is passed over."""
+    sum_up_assignments(graph, algebra.space)
     put_together(graph)
     for node in list(graph.nodes):
         kind = packet(node)
@@ -98,14 +101,15 @@ class _Weights:
     words: tuple[str, ...]
 
 
-def _walk_down(softmax: Node) -> _Weights | None:
+def _walk_down(algebra: Algebra, softmax: Node) -> _Weights | None:
     """From the softmax through casts, dropout and layout to a product. None if no product follows: no attention."""
+    keeps_weights = functools.partial(_keeps_weights, algebra)
     nodes, dropout_p, words = [softmax], 0.0, []
     others: list[Node] = []
     node = softmax
     while True:
         users = users_of(node)
-        onward = [u for u in users if _leads_to_product(u, node, _keeps_weights)]
+        onward = [u for u in users if _leads_to_product(u, node, keeps_weights)]
         if not onward:
             for u in users:
                 if _leads_to_product(u, node, _keeps_shape):
@@ -163,13 +167,13 @@ def _keeps_shape(node: Node) -> bool:
 _WEIGHT_OPS = (aten._to_copy, aten.to, aten.type_as, aten.dropout, aten.slice)
 
 
-def _keeps_weights(node: Node) -> bool:
+def _keeps_weights(algebra: Algebra, node: Node) -> bool:
     if packet(node) in (aten._to_copy, aten.to, aten.type_as):
         return tensor(node).dtype.is_floating_point
     if packet(node) is aten.nan_to_num:
         return not argument(node, 1, "nan")
     if packet(node) is aten.masked_fill:
-        return isinstance(node.args[2], (int, float)) and node.args[2] == 0
+        return algebra.value(node.args[2], ()) == 0
     return packet(node) in _WEIGHT_OPS + LAYOUT_OPS
 
 
@@ -177,7 +181,7 @@ def _read_softmax(algebra: Algebra, softmax: Node) -> tuple[AttentionSpec, tuple
     space = algebra.space
     if not _has_scores(algebra, softmax):
         return None
-    weights = _walk_down(softmax)
+    weights = _walk_down(algebra, softmax)
     if weights is None:
         return None
     dim = argument(softmax, 1, "dim") % rank(softmax)
@@ -215,6 +219,7 @@ class _View:
     v_node: Node
     v_index: Index
     query_row: sympy.Expr  # the index of the score axis just before the keys
+    column: sympy.Expr  # that of the keys among the scores
     zeroed: tuple[tuple[Node, Index], ...]  # conditions under which the weights are overwritten by zero
 
 
@@ -256,8 +261,11 @@ class _Reading:
                 zeroed.append((condition, broadcast_index(at, shape_exprs(tensor(condition)))))
             step = layout_step(space, node, at)
             node, at = step if step is not None else (node.args[0], at)
-        k = at[self.dim]
-        if k != pv.contracted or any(k in e.free_symbols for i, e in enumerate(at) if i != self.dim and k != 0):
+        k, column = pv.contracted, at[self.dim]
+        # Behind a sink, key k is in column k + 1.
+        if not (column - k).is_Integer or any(
+            k in e.free_symbols for i, e in enumerate(at) if i != self.dim and k != 0
+        ):
             raise Rejected(
                 Reason.SOFTMAX_DIM,
                 f"'{self.softmax.name}' normalises over axis {self.dim}, the product sums over another",
@@ -273,7 +281,7 @@ class _Reading:
             raise Rejected(Reason.LAYOUT, "both or neither operand of the score product run over the keys")
         q, key = (b, a) if in_a else (a, b)
         row = at[self.dim - 1] if self.dim else ZERO
-        return _View(tuple(index), k, scores, *q, *key, v_node, v_index, row, tuple(zeroed))
+        return _View(tuple(index), k, scores, *q, *key, v_node, v_index, row, column, tuple(zeroed))
 
     def name_axes(self, view: _View, splits: dict[sympy.Symbol, sympy.Expr]) -> list[tuple[str, ...]]:
         """Give the axes of the result their roles: "q", "d" and, for the rest in order, "b", "h", "h2", …"""
@@ -326,7 +334,7 @@ class _Reading:
             raise Rejected(
                 Reason.SOFTMAX_DIM, f"the softmax runs over {whole} keys, the product with v over {seqlen_k}"
             )
-        if any(at != view.k for at in view.scores.along):
+        if any(at != view.column for at in view.scores.along):
             raise Rejected(Reason.SCORE_OP, "a maximum or a sink of the scores is not taken along the keys")
         axes = Axes(space.symbol("q", self.sizes["q"]), view.k, self.sizes["q"], seqlen_k)
         others = [n for axis in names for n in axis if n not in ("q", "d")]
@@ -359,7 +367,7 @@ class _Reading:
             raise Rejected(Reason.TENSOR_SCALE, f"the soft cap is {softcap}")
         q_factors = [(side_operand(space, x.node, x.index, roles), x.inverse) for x in factors]
         terms, mask, empty = read_terms(self.algebra, view.scores.terms, roles, axes)
-        empty = _as_written(self.algebra, self.softmax, self.weights, view, empty)
+        empty = _as_written(self.algebra, self.softmax, self.weights, view, terms, empty)
         sinks = None
         if view.scores.sink is not None:
             sinks = read_sink(self.algebra, view.scores.sink, roles)
@@ -413,7 +421,9 @@ def _function_of(view: _View) -> tuple[Function | None, sympy.Expr, sympy.Expr |
     return Function(*scores.shaped[:2], tuple(source), NotScores(Reason.TENSOR_SCALE, what)), scale, None, ()
 
 
-def _as_written(algebra: Algebra, softmax: Node, weights: _Weights, view: _View, empty: Empty) -> Empty:
+def _as_written(
+    algebra: Algebra, softmax: Node, weights: _Weights, view: _View, terms: tuple[Term, ...], empty: Empty
+) -> Empty:
     """What an empty row gives where the softmax is written out, or its weights are replaced by zeros."""
     raw = view.scores.terms
     for condition, index in view.zeroed:
@@ -436,7 +446,8 @@ def _as_written(algebra: Algebra, softmax: Node, weights: _Weights, view: _View,
                 Reason.EMPTY_ROWS, "the softmax is written out, with a sum that may be zero and a small number"
             )
     if view.zeroed:
-        if len(raw) > 1:
+        # (Behind -inf, what is added has a gradient of NaN.)
+        if sum(t.kind is not TermKind.BIAS for t in terms) > 1 or not isinstance(raw[-1], Hidden):
             raise Rejected(Reason.EMPTY_ROWS, "of several masks one hides the weights as well")
         empty = Empty.ZERO
     if "nan_to_num" in weights.words:

@@ -109,7 +109,7 @@ def _of_quotient(graph: Graph, node: Node) -> None:
         with graph.inserting_before(node):
             softmax = graph.call_function(aten.clone.default, (x,))
         softmax.meta = node.meta | {"val": tensor(x)}
-        _become(graph, node, numerator.target, (softmax, *numerator.args[1:]))
+        become(graph, node, numerator.target, (softmax, *numerator.args[1:]))
         _become_softmax(graph, softmax, exponential.scores, dim, exponential.factors, rows)
 
 
@@ -147,7 +147,7 @@ def _off_by_one(graph: Graph, node: Node, x: object, divisor: object) -> bool:
         value = torch.nn.functional.pad(tensor(scores), (0, 1))
         for made in (padded, softmax):
             made.meta = node.meta | {"val": value}
-        _become(graph, node, aten.slice.Tensor, (softmax, rank(x) - 1, 0, -1))
+        become(graph, node, aten.slice.Tensor, (softmax, rank(x) - 1, 0, -1))
         return True
     return False
 
@@ -242,21 +242,21 @@ def _become_softmax(
         hidden.meta["val"] = target(tensor(factor), *zero)
         scores = call(aten.masked_fill.Scalar, scores, hidden, -torch.inf)
         scores.meta["val"] = value
-    _become(graph, node, aten.softmax.int, (scores, dim))
+    become(graph, node, aten.softmax.int, (scores, dim))
     if rows is not None:
         node.meta[EMPTY_ROWS] = rows
 
 
-def _become(graph: Graph, node: Node, target: object, args: tuple) -> None:
+def become(graph: Graph, node: Node, target: object, args: tuple) -> None:
     """Makes of a node another call with the same value, and erases what is no longer used."""
     sources = node.all_input_nodes
     node.target, node.args, node.kwargs = target, args, {}
     for source in sources:
         if not source._erased:
-            _erase(graph, source)
+            erase(graph, source)
 
 
-def _erase(graph: Graph, node: Node) -> None:
+def erase(graph: Graph, node: Node) -> None:
     """Takes a node out of the graph, and what was computed for it alone."""
     sources = node.all_input_nodes
     if node.users or node.op != "call_function":
@@ -264,4 +264,4 @@ def _erase(graph: Graph, node: Node) -> None:
     graph.erase_node(node)
     for source in sources:
         if not source._erased:
-            _erase(graph, source)
+            erase(graph, source)

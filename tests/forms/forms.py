@@ -524,6 +524,66 @@ def sdpa_three_dimensions(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
 
 
+# ------------------------------------------------------------------------------------------- parts of the scores
+
+
+def part_bias():
+    return [*qkv(), torch.randn(H, S, S)]
+
+
+@form("bias", args=part_bias)
+def bias_of_all_but_the_first(q, k, v, bias):
+    """A relative position, which the class token has not (MViT)."""
+    scores = q @ k.mT * 0.25
+    scores[:, :, 1:, 1:] += bias[:, 1:, 1:]
+    return torch.softmax(scores, -1) @ v
+
+
+@form("bias", args=part_bias)
+def bias_of_the_first_keys(q, k, v, bias):
+    scores = q @ k.mT * 0.25
+    scores[..., :5] += bias[..., :5]
+    return torch.softmax(scores, -1) @ v
+
+
+@form("bias", args=part_bias)
+def bias_assigned_back(q, k, v, bias):
+    scores = q @ k.mT * 0.25
+    scores[:, :, 0:, 0:] = scores[:, :, 0:, 0:] + bias
+    return torch.softmax(scores, -1) @ v
+
+
+@form("bias", args=lambda: [*qkv(), torch.randn(2, 11), torch.randn(11, 11)])
+def biases_of_rows_and_columns(q, k, v, of_rows, of_columns):
+    """Of an image of 2 x 11, behind a class token."""
+    scores = q @ k.mT * 0.25
+    inner = scores[:, :, 1:, 1:].view(*q.shape[:2], 2, 11, 2, 11)
+    summed = inner + of_rows[:, :, None, None] + of_columns[:, None, :]
+    scores[:, :, 1:, 1:] = summed.view(*q.shape[:2], 22, 22)
+    return torch.softmax(scores, -1) @ v
+
+
+@form(reason=Reason.SCORE_OP, args=part_bias)
+def part_that_is_moved(q, k, v, bias):
+    scores = q @ k.mT * 0.25
+    scores[..., 1:] = scores[..., :-1] + bias[..., 1:]
+    return torch.softmax(scores, -1) @ v
+
+
+@form(reason=Reason.SCORE_OP, args=part_bias)
+def every_other_key(q, k, v, bias):
+    scores = q @ k.mT * 0.25
+    scores[..., ::2] += bias[..., ::2]
+    return torch.softmax(scores, -1) @ v
+
+
+@form(reason=Reason.SCORE_OP, args=part_bias)
+def part_of_other_numbers(q, k, v, bias):
+    scores = q @ k.mT * 0.25
+    scores[..., 1:] = bias[..., 1:]
+    return torch.softmax(scores, -1) @ v
+
+
 # ------------------------------------------------------------------------------------------- to be left alone
 
 

@@ -571,6 +571,34 @@ def test_weights_hidden_by_the_mask_of_the_scores(same):
     assert bool(same_as_eager(fn, [*qkv(), keep], target="reference").fused) == same
 
 
+@pytest.mark.parametrize("fill", [INF, torch.finfo(torch.float32).min], ids=["inf", "min"])
+@pytest.mark.parametrize("order", ["bias, mask", "mask, bias"])
+def test_weights_hidden_beside_a_bias(fill, order):
+    """ESPnet's relative attention. Of a bias behind the mask, a row that is hidden whole has a gradient of NaN."""
+
+    def fn(q, k, v, bias, keep):
+        hidden = ~keep[:, None, None]
+        scores = q @ k.mT * 0.25
+        scores = (
+            (scores + bias).masked_fill(hidden, fill)
+            if order == "bias, mask"
+            else scores.masked_fill(hidden, fill) + bias
+        )
+        return scores.softmax(-1).masked_fill(hidden, 0.0) @ v
+
+    args = [*qkv(), torch.randn(H, S, S), one_empty()]
+    assert bool(same_as_eager(fn, args, target="reference").fused) == (order == "bias, mask")
+
+
+def test_weights_hidden_by_a_tensor_of_zero():
+    def fn(q, k, v, keep):
+        hidden = ~keep[:, None, None]
+        scores = (q @ k.mT).masked_fill(hidden, torch.scalar_tensor(INF))
+        return scores.softmax(-1).masked_fill(hidden, torch.scalar_tensor(0.0)) @ v
+
+    assert same_as_eager(fn, [*qkv(), one_empty()], target="reference").fused
+
+
 def test_weights_hidden_where_infinity_was_added():
     """The gradient of a row that is hidden whole is NaN, where a mask written over the scores would stop it."""
 

@@ -40,6 +40,12 @@ def narrowed(q, k, v, sinks):
     return weights.to(q.dtype) @ v
 
 
+def in_front(q, k, v, sinks):
+    """In front of the keys, with a mask."""
+    scores = (q @ k.mT * 0.25).masked_fill(torch.ones(S, S, dtype=torch.bool).triu(1), float("-inf"))
+    return torch.cat([column(sinks, q), scores], -1).softmax(-1)[..., 1:] @ v
+
+
 def capped(q, k, v, sinks):
     return torch.cat([torch.tanh(q @ k.mT / 8) * 2, column(sinks, q)], -1).softmax(-1)[..., :S] @ v
 
@@ -86,6 +92,7 @@ SINKS = {
     of_one_number: "full",
     gpt_oss: "causal",
     plain: "full",
+    in_front: "causal",
     narrowed: "full",
     capped: "full",
     empty_rows: "causal (shifted by -3)",
