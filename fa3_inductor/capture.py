@@ -8,6 +8,7 @@ Dynamo graph exactly where it still holds.
 
 import dataclasses
 import functools
+import logging
 import operator
 import time
 from collections.abc import Callable
@@ -22,6 +23,18 @@ from . import tracing
 from .opaque import EXPANSIONS
 from .patterns.layouts import NO_GRAD
 from .patterns.magnitude import LEARNED, REQUIRES_GRAD
+
+log = logging.getLogger(__name__)
+
+# What is not looked into: a tensor that was computed from others in a way that is not said.
+UNSEEN = "unseen"
+_library = torch.library.Library("fa3", "FRAGMENT")
+_library.define(f"{UNSEEN}(Tensor[] inputs, SymInt[] size, *, ScalarType dtype, Device device) -> Tensor")
+
+
+@torch.library.register_fake(f"fa3::{UNSEEN}", lib=_library)
+def _unseen(inputs: list[torch.Tensor], size: list[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype, device=device)
 
 
 class CaptureError(RuntimeError):
@@ -135,7 +148,7 @@ class _Visible(TorchFunctionMode):
 class _Recorder(torch.fx.Interpreter):
     """Runs the Dynamo graph under capture and notes which traced node every value is."""
 
-    def __init__(self, module: GraphModule, attributes: list[str]) -> None:
+    def __init__(self, module: GraphModule, attributes: list[str], unseen: frozenset[Node]) -> None:
         super().__init__(module, garbage_collect_values=False)
         self._attributes = dict.fromkeys(attributes)
         self.history: dict[Node, list[tuple[int, Any]]] = {}
@@ -146,6 +159,7 @@ class _Recorder(torch.fx.Interpreter):
         self._step = -1
         self._mapped: dict[Node, int] = {}  # what has other axes than in the user's code, and how many of its own
         self._open = 0  # how many vmaps are
+        self._unseen = unseen  # nodes of vmaps that could not be captured
 
     def run_with_attributes(self, *args: Any) -> Any:
         """Run with the values of the module's own tensors after those of the graph inputs."""
@@ -160,7 +174,7 @@ class _Recorder(torch.fx.Interpreter):
     def run_node(self, n: Node) -> Any:
         self._step += 1
         self.current = n
-        vmapped = self._in_vmap(n)
+        vmapped = functools.partial(self._pass_by, n) if n in self._unseen else self._in_vmap(n)
         result = super().run_node(n) if vmapped is None else vmapped()
         tracer = tracing.current_tracer()
         if n.op != "output":
@@ -173,6 +187,18 @@ class _Recorder(torch.fx.Interpreter):
                 self._follow_write(n, tracer)
         self._note_origins(n, tracer.graph)
         return result
+
+    def _pass_by(self, n: Node) -> torch.Tensor | None:
+        """What leaves a vmap that is not looked into, as a value that comes from all that entered it."""
+        if self._unseen.issuperset(n.users):
+            return None
+        value = n.meta.get("example_value")
+        if not isinstance(value, torch.Tensor) or not all(isinstance(size, int) for size in value.shape):
+            raise CaptureError(f"'{n.name}' leaves a vmapped function and is no tensor of static shape")
+        sources = dict.fromkeys(x for m in self.module.graph.nodes if m in self._unseen for x in m.all_input_nodes)
+        inputs = [self.env[x] for x in sources if x in self.env and x not in self._unseen]
+        inputs = [x for x in inputs if isinstance(x, torch.Tensor)]
+        return getattr(torch.ops.fa3, UNSEEN)(inputs, list(value.shape), dtype=value.dtype, device=value.device)
 
     # A vmapped function (as transformers makes masks of) would be traced on tensors of its own kind, which are no
     # functional ones. It runs on broadcast ones instead: [a level's batch, one for each level around it, its own axes].
@@ -347,15 +373,23 @@ def capture(gm: GraphModule) -> Capture:
     inputs = _fake_inputs(placeholders)
     attributes = _tensor_attributes(gm)
     inputs += [tracing.as_fake(_attribute(gm, name), inputs) for name in attributes]
-    recorder = _Recorder(gm, attributes)
-    try:
-        view = tracing.trace_before_autograd(recorder.run_with_attributes, inputs)
-    except Exception as error:
-        at = recorder.current
-        where = f" at '{at.name}' ({at.target})" if at is not None else ""
-        message = str(error).strip().partition("\n")[0]
-        what = "refused" if isinstance(error, CaptureError) else type(error).__name__
-        raise CaptureError(f"{what}{where}: {message}") from error
+    unseen: frozenset[Node] = frozenset()
+    while True:
+        recorder = _Recorder(gm, attributes, unseen)
+        try:
+            view = tracing.trace_before_autograd(recorder.run_with_attributes, inputs)
+            break
+        except Exception as error:
+            at = recorder.current
+            vmapped = _vmap_around(at)
+            if vmapped and not unseen.issuperset(vmapped):
+                log.info("a vmapped function is not looked into: '%s': %s", at.name, error)
+                unseen = unseen | vmapped
+                continue
+            where = f" at '{at.name}' ({at.target})" if at is not None else ""
+            message = str(error).strip().partition("\n")[0]
+            what = "refused" if isinstance(error, CaptureError) else type(error).__name__
+            raise CaptureError(f"{what}{where}: {message}") from error
     modes = grad_modes(gm)
     for node in view.graph.nodes:
         if node in recorder.origins:
@@ -369,6 +403,24 @@ def capture(gm: GraphModule) -> Capture:
     captured_inputs = dict(zip(view.graph.find_nodes(op="placeholder"), placeholders, strict=False))
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
     return Capture(gm, view, time.perf_counter() - start, captured_inputs, recorder.history, order, modes)
+
+
+def _vmap_around(node: Node | None) -> frozenset[Node]:
+    """The nodes of the outermost vmap around a node of a Dynamo graph; none if it is in none, or that may write."""
+    around: list[Node] = []
+    opened, is_around = 0, False
+    for other in node.graph.nodes if node is not None else ():
+        name = getattr(other.target, "__name__", "")
+        opened += name == "_vmap_increment_nesting"
+        if opened:
+            around.append(other)
+            is_around |= other is node
+        opened -= name == "_vmap_decrement_nesting"
+        if not opened:
+            if is_around:
+                break
+            around.clear()
+    return frozenset() if not is_around or any(map(may_write, around)) else frozenset(around)
 
 
 def grad_modes(gm: GraphModule) -> dict[Node, bool]:

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from . import config, ops, tracing  # noqa: F401  (registers fa3::attention)
-from .capture import Capture, may_write
+from .capture import UNSEEN, Capture, may_write
 from .patterns.indices import size_expr
 from .patterns.layouts import NO_GRAD, argument, packet
 from .patterns.magnitude import passes_gradient_on
@@ -200,7 +200,8 @@ class _Emitter:
             )
         if value.op == "get_attr":
             return self._attribute(value)
-        if value.op != "call_function" or packet(value) is aten.detach:  # detach also stands for what capture hides
+        # (detach also stands for what capture hides.)
+        if value.op != "call_function" or packet(value) in (aten.detach, getattr(torch.ops.fa3, UNSEEN)):
             raise Rejected(Reason.OPAQUE, f"'{value.name}' cannot be computed again")
         random = (
             isinstance(value.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in value.target.tags
