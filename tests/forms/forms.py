@@ -553,13 +553,14 @@ def bias_assigned_back(q, k, v, bias):
     return torch.softmax(scores, -1) @ v
 
 
-@form("bias", args=lambda: [*qkv(), torch.randn(2, 11), torch.randn(11, 11)])
+@form("bias", args=lambda: [*qkv(), torch.randn(2, 2), torch.randn(S // 2, S // 2)])
 def biases_of_rows_and_columns(q, k, v, of_rows, of_columns):
-    """Of an image of 2 x 11, behind a class token."""
+    """Of an image of two rows, behind a class token."""
+    n = q.shape[2] // 2
     scores = q @ k.mT * 0.25
-    inner = scores[:, :, 1:, 1:].view(*q.shape[:2], 2, 11, 2, 11)
-    summed = inner + of_rows[:, :, None, None] + of_columns[:, None, :]
-    scores[:, :, 1:, 1:] = summed.view(*q.shape[:2], 22, 22)
+    inner = scores[:, :, 1:, 1:].view(*q.shape[:2], 2, n, 2, n)
+    summed = inner + of_rows[:, None, :, None] + of_columns[:, None, :]
+    scores[:, :, 1:, 1:] = summed.view(*q.shape[:2], 2 * n, 2 * n)
     return torch.softmax(scores, -1) @ v
 
 
