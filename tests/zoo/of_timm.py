@@ -75,7 +75,7 @@ add("visformer", "visformer_tiny", None, image=64, trains=False, img_size=64)
 add("mobilevitv2", "mobilevitv2_050", 0, image=64, spellings=ONE, trains=False)
 add("efficientformer", "efficientformer_l1", 1, image=224, spellings=ONE, trains=False)
 # Pooled queries, keys and values; a bias by relative position for rows and one for columns.
-add("mvitv2", "mvitv2_tiny", 10, image=64, spellings=ONE, trains=False, img_size=64)
+add("mvitv2", "mvitv2_tiny", 10, image=64, spellings=ONE, img_size=64)
 add("botnet", "botnet26t_256", None, image=64, spellings=ONE, trains=False, img_size=64)
 add(
     "naflexvit",

@@ -220,6 +220,11 @@ add(
     block_size=8,
 )
 # No attention at all.
+add(
+    "jamba", "JambaModel", "JambaConfig", 1, lm, num_hidden_layers=2, attn_layer_period=2, attn_layer_offset=1,
+    expert_layer_period=8, expert_layer_offset=7, num_experts=2, num_experts_per_tok=1, mamba_d_state=4,
+    mamba_dt_rank=8,
+)  # fmt: skip
 add("mamba", "MambaForCausalLM", "MambaConfig", 0, lm, implementations=ONLY, trains=False, state_size=4)
 add(
     "rwkv",
