@@ -7,6 +7,7 @@ and the same with --tool racecheck.
 
 import torch
 
+from fa3_inductor.kernels import backward
 from fa3_inductor.kernels.backward import attention_backward
 from fa3_inductor.kernels.formulas import Formulas
 from fa3_inductor.kernels.forward import attention_forward
@@ -46,6 +47,7 @@ def cases() -> list[tuple[int, int, dict]]:
 def main() -> None:
     torch.manual_seed(0)
     one = torch.ones(1, 1, device="cuda")
+    backward.multiprocessors = lambda device: 4  # so that CTAs take several tiles
     for head_dim, head_dim_v, options in cases():
         q, k = rand(BATCH, Q_HEADS, SEQLEN_Q, head_dim), rand(BATCH, KV_HEADS, SEQLEN_K, head_dim)
         v, dout = rand(BATCH, KV_HEADS, SEQLEN_K, head_dim_v), rand(BATCH, Q_HEADS, SEQLEN_Q, head_dim_v)

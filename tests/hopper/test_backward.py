@@ -96,6 +96,17 @@ def test_in_order_matches_float64(seed):
         check(q, k, v, **options, deterministic=True)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("window", [(None, None), (None, 0), (100, 50)], ids=str)
+def test_ctas_that_take_several_tiles(head_dim, window, monkeypatch):
+    """Those of keys that no query sees among them."""
+    monkeypatch.setattr(backward, "multiprocessors", lambda device: 3)
+    monkeypatch.setattr(backward, "_calls", {})
+    q = make("bshd", 2, 4, 300, head_dim, torch.bfloat16)
+    k, v = (make("bshd", 2, 2, 700, head_dim, torch.bfloat16) for _ in "kv")
+    check(q, k, v, scale=head_dim**-0.5, window_left=window[0], window_right=window[1])
+
+
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 @pytest.mark.parametrize(
     "left, right, masked", [(None, None, False), (None, 0, False), (300, 0, False), (300, None, False), (None, 0, True)]
