@@ -279,8 +279,8 @@ def launch_arguments(
         block, rows = [ROWS, width if tile.block_m == 128 else width // 2], sums.flatten(0, 2)
         layout = gl.NVMMASharedLayout.get_default_for(block, gl.float32)
         dq = TensorDescriptor(sums, list(rows.shape), list(rows.stride()), block, layout)
-    # CTAs that stay take tile after tile, and bring the next one's queries while they finish the last. On an H100, over
-    # the 36 points of the benchmark, that is 0.94 of FlashAttention-3 in place of 0.91. Not in order: there, a tile is
+    # CTAs that stay take tile after tile, and bring the next one's queries while they finish the last. On an H200, over
+    # 30 points of the benchmark, that is 0.948 of FlashAttention-3 in place of 0.921. Not in order: there, a tile is
     # better taken when it is begun, since others wait for it (head_dim 64, causal, 16384 positions: 462 TFLOP/s, 422 if
     # CTAs stay). Nor with dropout, for the registers (head_dim 128, 4096 positions, on an H200: 2.98 ms, 3.31 if so).
     persistent = turns is None and seed is None
