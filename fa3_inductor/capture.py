@@ -196,7 +196,10 @@ class _Recorder(torch.fx.Interpreter):
         if not isinstance(value, torch.Tensor) or not all(isinstance(size, int) for size in value.shape):
             raise CaptureError(f"'{n.name}' leaves a vmapped function and is no tensor of static shape")
         sources = dict.fromkeys(x for m in self.module.graph.nodes if m in self._unseen for x in m.all_input_nodes)
-        inputs = [self.env[x] for x in sources if x in self.env and x not in self._unseen]
+        sources = [x for x in sources if x in self.env and x not in self._unseen]
+        if _storage(n) in {None, *(_storage(x) for x in sources)}:
+            raise CaptureError(f"'{n.name}' leaves a vmapped function and may be a view of what entered it")
+        inputs = [self.env[x] for x in sources]
         inputs = [x for x in inputs if isinstance(x, torch.Tensor)]
         return getattr(torch.ops.fa3, UNSEEN)(inputs, list(value.shape), dtype=value.dtype, device=value.device)
 

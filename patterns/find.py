@@ -446,8 +446,8 @@ def _as_written(
                 Reason.EMPTY_ROWS, "the softmax is written out, with a sum that may be zero and a small number"
             )
     if view.zeroed:
-        # (Behind -inf, what is added has a gradient of NaN.)
-        if sum(t.kind is not TermKind.BIAS for t in terms) > 1 or not isinstance(raw[-1], Hidden):
+        # Beside it, only what can hide nothing by itself. (Behind -inf, even that has a gradient of NaN.)
+        if sum(not t.ordinary for t in terms) > 1 or not isinstance(raw[-1], Hidden):
             raise Rejected(Reason.EMPTY_ROWS, "of several masks one hides the weights as well")
         empty = Empty.ZERO
     if "nan_to_num" in weights.words:

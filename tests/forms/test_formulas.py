@@ -220,6 +220,21 @@ def test_other_functions_are_not_looked_into(fn, grads):
     assert site.status == ("rejected" if stays else "fused") and (stays or "causal" in site.mask), site.verdict
 
 
+def test_what_may_be_a_view_is_not_passed_by():
+    """A write to it would be one to what the vmapped function was given."""
+
+    def fn(q, k, v):
+        q = q * 1.0
+        scores = q @ k.mT
+        torch.vmap(lambda x: x.transpose(0, 1))(q).mul_(3.0)
+        return scores.softmax(-1) @ v
+
+    args = qkv()
+    compiled, report = fuse(fn, target="reference")
+    torch.testing.assert_close(compiled(*args), fn(*args))
+    assert not report.sites and "view of what entered it" in report.graphs[0].error
+
+
 # ------------------------------------------------------------------------------------------- no formula
 
 

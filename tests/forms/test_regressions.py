@@ -576,18 +576,36 @@ def test_weights_hidden_by_the_mask_of_the_scores(same):
 def test_weights_hidden_beside_a_bias(fill, order):
     """ESPnet's relative attention. Of a bias behind the mask, a row that is hidden whole has a gradient of NaN."""
 
-    def fn(q, k, v, bias, keep):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.randn(H, S, S))
+
+        def forward(self, q, k, v, keep):
+            hidden = ~keep[:, None, None]
+            scores = q @ k.mT * 0.25
+            if order == "bias, mask":
+                scores = (scores + self.bias).masked_fill(hidden, fill)
+            else:
+                scores = scores.masked_fill(hidden, fill) + self.bias
+            return scores.softmax(-1).masked_fill(hidden, 0.0) @ v
+
+    assert bool(same_as_eager(Attention(), [*qkv(), one_empty()], target="reference").fused) == (order == "bias, mask")
+
+
+@pytest.mark.parametrize("fill", [INF, -1e9], ids=["inf", "1e9"])
+def test_weights_hidden_beside_what_may_be_a_mask(fill):
+    """A row that the other mask hides whole has weights nevertheless, or NaN."""
+
+    def fn(q, k, v, other, keep):
         hidden = ~keep[:, None, None]
-        scores = q @ k.mT * 0.25
-        scores = (
-            (scores + bias).masked_fill(hidden, fill)
-            if order == "bias, mask"
-            else scores.masked_fill(hidden, fill) + bias
-        )
+        scores = (q @ k.mT * 0.25 + other).masked_fill(hidden, INF)
         return scores.softmax(-1).masked_fill(hidden, 0.0) @ v
 
-    args = [*qkv(), torch.randn(H, S, S), one_empty()]
-    assert bool(same_as_eager(fn, args, target="reference").fused) == (order == "bias, mask")
+    other = torch.zeros(B, 1, S, S)
+    other[0, 0, 3] = fill
+    args = [*qkv(), other, torch.rand(B, S) > 0.3]
+    assert not same_as_eager(fn, args, target="reference").fused
 
 
 def test_weights_hidden_by_a_tensor_of_zero():
