@@ -553,13 +553,13 @@ def bias_assigned_back(q, k, v, bias):
     return torch.softmax(scores, -1) @ v
 
 
-@form("bias", args=lambda: [*qkv(), torch.randn(2, 2), torch.randn(S // 2, S // 2)])
+@form("bias", args=lambda: [*qkv(), torch.randn(H, S - 1, 2), torch.randn(H, S - 1, S // 2)])
 def biases_of_rows_and_columns(q, k, v, of_rows, of_columns):
-    """Of an image of two rows, behind a class token."""
+    """What every query adds to a row and to a column of an image of two rows, behind a class token (MViT)."""
     n = q.shape[2] // 2
     scores = q @ k.mT * 0.25
     inner = scores[:, :, 1:, 1:].view(*q.shape[:2], 2, n, 2, n)
-    summed = inner + of_rows[:, None, :, None] + of_columns[:, None, :]
+    summed = inner + of_rows.view(-1, 2, n, 2, 1) + of_columns.view(-1, 2, n, 1, n)
     scores[:, :, 1:, 1:] = summed.view(*q.shape[:2], 2 * n, 2 * n)
     return torch.softmax(scores, -1) @ v
 
