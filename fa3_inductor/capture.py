@@ -54,6 +54,7 @@ class Capture:
     ]  # source node -> [(since which source node, ATen node or tuple of them)]
     _order: dict[Node, int]
     grad_modes: dict[Node, bool]
+    unseen: dict[Node, str]  # source nodes that were not looked into, and why
     _sources: dict[Node, list[Node]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -148,7 +149,7 @@ class _Visible(TorchFunctionMode):
 class _Recorder(torch.fx.Interpreter):
     """Runs the Dynamo graph under capture and notes which traced node every value is."""
 
-    def __init__(self, module: GraphModule, attributes: list[str], unseen: frozenset[Node]) -> None:
+    def __init__(self, module: GraphModule, attributes: list[str], unseen: dict[Node, str]) -> None:
         super().__init__(module, garbage_collect_values=False)
         self._attributes = dict.fromkeys(attributes)
         self.history: dict[Node, list[tuple[int, Any]]] = {}
@@ -190,7 +191,7 @@ class _Recorder(torch.fx.Interpreter):
 
     def _pass_by(self, n: Node) -> torch.Tensor | None:
         """What leaves a vmap that is not looked into, as a value that comes from all that entered it."""
-        if self._unseen.issuperset(n.users):
+        if self._unseen.keys() >= n.users.keys():
             return None
         value = n.meta.get("example_value")
         if not isinstance(value, torch.Tensor) or not all(isinstance(size, int) for size in value.shape):
@@ -209,6 +210,8 @@ class _Recorder(torch.fx.Interpreter):
     def _in_vmap(self, n: Node) -> Callable[[], Any] | None:
         """What to run in place of a node that opens or closes a vmap or computes in one; None if it does neither."""
         name = getattr(n.target, "__name__", "") if n.op == "call_function" else str(n.target)
+        if name in _TRANSFORMS:
+            raise CaptureError("derivatives are taken inside the compiled code (torch.func); compile what they are of")
         self._open += {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}.get(name, 0)
         if name in ("_vmap_increment_nesting", "_vmap_decrement_nesting", "lazy_load_decompositions"):
             return lambda: None
@@ -298,6 +301,8 @@ class _Recorder(torch.fx.Interpreter):
         self._graph_length = len(graph.nodes)
 
 
+_TRANSFORMS = ("_grad_increment_nesting", "_jvp_increment_nesting", "_autograd_grad")
+
 # What is the same on numbers and, entry by entry, on tensors of them; functions, operators and methods.
 _ELEMENTWISE = {"le", "lt", "ge", "gt", "eq", "ne", "and_", "or_", "xor", "not_", "invert", "inv", "neg", "abs", "pos"}
 _ELEMENTWISE |= {"logical_and", "logical_or", "logical_xor", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not"}
@@ -376,7 +381,7 @@ def capture(gm: GraphModule) -> Capture:
     inputs = _fake_inputs(placeholders)
     attributes = _tensor_attributes(gm)
     inputs += [tracing.as_fake(_attribute(gm, name), inputs) for name in attributes]
-    unseen: frozenset[Node] = frozenset()
+    unseen: dict[Node, str] = {}
     while True:
         recorder = _Recorder(gm, attributes, unseen)
         try:
@@ -384,13 +389,13 @@ def capture(gm: GraphModule) -> Capture:
             break
         except Exception as error:
             at = recorder.current
-            vmapped = _vmap_around(at)
-            if vmapped and not unseen.issuperset(vmapped):
-                log.info("a vmapped function is not looked into: '%s': %s", at.name, error)
-                unseen = unseen | vmapped
-                continue
-            where = f" at '{at.name}' ({at.target})" if at is not None else ""
             message = str(error).strip().partition("\n")[0]
+            vmapped = _vmap_around(at)
+            if not unseen.keys() >= vmapped:
+                log.info("a vmapped function is not looked into: '%s': %s", at.name, message)
+                unseen = unseen | dict.fromkeys(vmapped, message)
+                continue
+            where = f" at '{at.name}' ({getattr(at.target, '__name__', at.target)})" if at is not None else ""
             what = "refused" if isinstance(error, CaptureError) else type(error).__name__
             raise CaptureError(f"{what}{where}: {message}") from error
     modes = grad_modes(gm)
@@ -405,7 +410,7 @@ def capture(gm: GraphModule) -> Capture:
         node.meta[LEARNED] = isinstance(value, torch.nn.Parameter) and value.requires_grad
     captured_inputs = dict(zip(view.graph.find_nodes(op="placeholder"), placeholders, strict=False))
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
-    return Capture(gm, view, time.perf_counter() - start, captured_inputs, recorder.history, order, modes)
+    return Capture(gm, view, time.perf_counter() - start, captured_inputs, recorder.history, order, modes, unseen)
 
 
 def _vmap_around(node: Node | None) -> frozenset[Node]:

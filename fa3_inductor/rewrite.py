@@ -105,6 +105,9 @@ def _rewrite(gm: GraphModule, result: GraphReport) -> None:
             spliced = True
         result.sites.append(site)
         log.info("%s: %s %s: %s", result.name, site.source, site.form, site.verdict)
+    for node, why in captured.unseen.items():
+        if _target_name(node) in _ANCHORS:
+            result.sites.append(_unseen_site(node, why))
     if spliced:
         constants.install_guards()
         splicer.finish()
@@ -160,6 +163,20 @@ def _site(found: Found, captured: Capture) -> Site:
         site.q_shape, site.k_shape, site.v_shape = shapes(spec)
         site.dtype = str(q.dtype).removeprefix("torch.")
     return site
+
+
+def _unseen_site(node: Node, why: str) -> Site:
+    source, code = _where(node)
+    detail = f"a vmapped function, not looked into: {why}"
+    return Site(
+        "rejected",
+        source=source,
+        code=code,
+        form=_target_name(node),
+        node=node.name,
+        reason=Reason.OPAQUE,
+        detail=detail,
+    )
 
 
 def _describe(site: Site, found: Found, chosen: Plan) -> None:

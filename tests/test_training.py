@@ -19,7 +19,7 @@ from torch._dynamo.backends.debugging import boxed_nop
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fa3_inductor import Report, config
+from fa3_inductor import Reason, Report, config
 from fa3_inductor.rewrite import rewrite_graph
 
 WIDTH, HEADS, LENGTH = 32, 2, 24
@@ -223,7 +223,12 @@ def test_transforms_inside_the_compiled_function(target, transform):
     }
     ours, report = compiled(functions[transform], target)
     torch.testing.assert_close(ours(), functions[transform](), atol=1e-5, rtol=1e-4)
-    if transform == "functional_call":
+    if transform == "grad":
+        assert "derivatives are taken inside the compiled code" in report.graphs[0].error
+    elif transform == "vmap":
+        assert [s.reason for s in report.sites] == [Reason.OPAQUE] * 2
+        assert "a vmapped function" in report.sites[0].detail and "softmax(-1)" in report.sites[0].code
+    else:
         assert fused(report) == 2
 
 
