@@ -8,6 +8,7 @@ Dynamo graph exactly where it still holds.
 
 import dataclasses
 import functools
+import itertools
 import logging
 import operator
 import time
@@ -49,6 +50,7 @@ class Capture:
     view: GraphModule
     seconds: float
     inputs: dict[Node, Node]  # placeholder of the view -> placeholder of the source
+    wrapped: dict[Node, tuple[Node, tuple[str, ...]]]  # ... -> placeholder of the source, and the attribute that it is
     _history: dict[
         Node, list[tuple[int, Any]]
     ]  # source node -> [(since which source node, ATen node or tuple of them)]
@@ -78,6 +80,12 @@ class Capture:
             if self._order[node] < self._order[before] and self.value_of(node, before) is value:
                 return node
         return None
+
+    def is_written(self, wrapper: Node, before: Node) -> bool:
+        """Whether anything may write, before ``before`` runs, to what a graph input that wraps tensors consists of."""
+        inner = {None} | _storages(wrapper)
+        earlier = itertools.takewhile(lambda node: node is not before, self._order)
+        return any(may_write(n) and inner & set().union(*map(_storages, n.all_input_nodes)) for n in earlier)
 
     def origin(self, value: Node) -> Node | None:
         """The node of the source graph during which ``value`` was computed."""
@@ -149,7 +157,7 @@ class _Visible(TorchFunctionMode):
 class _Recorder(torch.fx.Interpreter):
     """Runs the Dynamo graph under capture and notes which traced node every value is."""
 
-    def __init__(self, module: GraphModule, attributes: list[str], unseen: dict[Node, str]) -> None:
+    def __init__(self, module: GraphModule, attributes: list[str], vmapped: dict[Node, str]) -> None:
         super().__init__(module, garbage_collect_values=False)
         self._attributes = dict.fromkeys(attributes)
         self.history: dict[Node, list[tuple[int, Any]]] = {}
@@ -158,16 +166,22 @@ class _Recorder(torch.fx.Interpreter):
         self._by_storage: dict[int | None, list[Node]] = {}
         self._graph_length = 0
         self._step = -1
+        self._sizes: dict[Any, Any] = {}  # the symbolic ones of graph inputs, by their expressions
         self._mapped: dict[Node, int] = {}  # what has other axes than in the user's code, and how many of its own
         self._open = 0  # how many vmaps are
-        self._unseen = unseen  # nodes of vmaps that could not be captured
+        self._vmapped = vmapped  # nodes of vmaps that could not be captured
+        self.unseen = dict(vmapped)  # all that is not looked into, and why
+        self._shared: set[int | None] = set()  # storages that these may have in common with what is
 
     def run_with_attributes(self, *args: Any) -> Any:
         """Run with the values of the module's own tensors after those of the graph inputs."""
         count = len(args) - len(self._attributes)
         self._attributes = dict(zip(self._attributes, args[count:], strict=True))
+        for x in args:
+            if isinstance(x, torch.Tensor) and not tracing.is_wrapper(x):
+                self._sizes |= {size.node.expr: size for size in x.shape if isinstance(size, torch.SymInt)}
         with _Visible():
-            return self.run(*args[:count])
+            return pytree.tree_map(_plain_output, self.run(*args[:count]))
 
     def get_attr(self, target: str, args: tuple, kwargs: dict) -> Any:
         return self._attributes[target] if target in self._attributes else super().get_attr(target, args, kwargs)
@@ -175,34 +189,66 @@ class _Recorder(torch.fx.Interpreter):
     def run_node(self, n: Node) -> Any:
         self._step += 1
         self.current = n
-        vmapped = functools.partial(self._pass_by, n) if n in self._unseen else self._in_vmap(n)
-        result = super().run_node(n) if vmapped is None else vmapped()
+        result = self._value_of(n)
         tracer = tracing.current_tracer()
         if n.op != "output":
             value = _traced(result, tracer)
             # (What is made inside of a vmap must not be read outside of it: at run time it is of its kind.)
             if value is not None and n not in self._mapped and not self._open:
                 self.history[n] = [(self._step, value)]
-                self._by_storage.setdefault(_storage(n), []).append(n)
+                for storage in _storages(n):
+                    self._by_storage.setdefault(storage, []).append(n)
             if may_write(n):
                 self._follow_write(n, tracer)
         self._note_origins(n, tracer.graph)
         return result
 
-    def _pass_by(self, n: Node) -> torch.Tensor | None:
-        """What leaves a vmap that is not looked into, as a value that comes from all that entered it."""
-        if self._unseen.keys() >= n.users.keys():
-            return None
-        value = n.meta.get("example_value")
-        if not isinstance(value, torch.Tensor) or not all(isinstance(size, int) for size in value.shape):
-            raise CaptureError(f"'{n.name}' leaves a vmapped function and is no tensor of static shape")
-        sources = dict.fromkeys(x for m in self.module.graph.nodes if m in self._unseen for x in m.all_input_nodes)
-        sources = [x for x in sources if x in self.env and x not in self._unseen]
-        if _storage(n) in {None, *(_storage(x) for x in sources)}:
-            raise CaptureError(f"'{n.name}' leaves a vmapped function and may be a view of what entered it")
-        inputs = [self.env[x] for x in sources]
+    def _value_of(self, n: Node) -> Any:
+        if n in self._vmapped:
+            return None if self._vmapped.keys() >= n.users.keys() else self._pass_by(n)
+        in_vmap = self._in_vmap(n)
+        if in_vmap is not None:
+            return in_vmap()
+        values = [self.env[x] for x in n.all_input_nodes]
+        if n.op == "output" or not any(isinstance(x, _Unseen) for x in values):
+            try:
+                return super().run_node(n)
+            except Exception as error:
+                if may_write(n) or not any(map(tracing.is_wrapper, [*values, n.meta.get("example_value")])):
+                    raise
+                log.info("'%s' is not looked into: %s", n.name, error)
+        elif may_write(n):
+            raise CaptureError("it may write to a tensor that is not looked into")
+        kinds = {type(x.meta.get("example_value")) for x in (*n.all_input_nodes, n)}
+        names = sorted(kind.__name__ for kind in kinds if hasattr(kind, "__tensor_flatten__"))
+        self.unseen[n] = f"it works on {', '.join(names)}" if names else "what it works on is not"
+        return self._pass_by(n)
+
+    def _pass_by(self, n: Node) -> Any:
+        """What a node that is not looked into, or is in such a vmap, returns: it comes from all that enters."""
+        nodes = self._vmapped if n in self._vmapped else (n,)
+        sources = dict.fromkeys(x for m in nodes for x in m.all_input_nodes)
+        sources = [x for x in sources if x in self.env and x not in self._vmapped]
+        self._shared |= _storages(n) & set().union({None}, *map(_storages, sources))
+        inputs = pytree.tree_leaves([_plain_output(self.env[x]) for x in sources])
         inputs = [x for x in inputs if isinstance(x, torch.Tensor)]
-        return getattr(torch.ops.fa3, UNSEEN)(inputs, list(value.shape), dtype=value.dtype, device=value.device)
+
+        def unseen(value: Any) -> Any:
+            if isinstance(value, torch.Tensor) and not tracing.is_wrapper(value):
+                size = [self._size(x) for x in value.shape]
+                return getattr(torch.ops.fa3, UNSEEN)(inputs, size, dtype=value.dtype, device=value.device)
+            if n in self._vmapped:
+                raise CaptureError(f"'{n.name}' leaves a vmapped function and is no tensor")
+            return _Unseen(getattr(torch.ops.fa3, UNSEEN)(inputs, [0], dtype=torch.uint8, device=torch.device("cpu")))
+
+        return pytree.tree_map(unseen, n.meta.get("example_value"))
+
+    def _size(self, size: Any) -> Any:
+        """As it is known in this trace."""
+        known = size if isinstance(size, int) else self._sizes.get(size.node.expr)
+        if known is None:
+            raise CaptureError(f"a size of what is not looked into is {size}")
+        return known
 
     # A vmapped function (as transformers makes masks of) would be traced on tensors of its own kind, which are no
     # functional ones. It runs on broadcast ones instead: [a level's batch, one for each level around it, its own axes].
@@ -282,7 +328,9 @@ class _Recorder(torch.fx.Interpreter):
 
     def _follow_write(self, writer: Node, tracer: Any) -> None:
         """After an in-place write, note the new value of everything that may alias what was written."""
-        storages = {_storage(arg) for arg in writer.all_input_nodes}
+        storages = set().union(*map(_storages, writer.all_input_nodes))
+        if self._shared and storages & self._shared | {None}:
+            raise CaptureError("it may write to a tensor that is not looked into")
         if None in storages or isinstance(writer.target, torch._ops.HigherOrderOperator):
             storages = set(self._by_storage)
         for storage in storages | {None}:
@@ -312,21 +360,43 @@ _INDEXING = {"getitem", "index"}
 _ELEMENTWISE |= {f"__{name}__" for name in ("le", "lt", "ge", "gt", "eq", "ne", "and", "or", "xor", "invert")}
 
 
-def _storage(node: Node) -> int | None:
-    """What tells the storage of a Dynamo node's tensor; -1 for another kind of value, None where nothing is known."""
+def _storages(node: Node) -> set[int | None]:
+    """What tells the storages of a Dynamo node's tensor; -1 for another kind of value, None where nothing is known."""
     value = node.meta.get("example_value", node.meta.get("val"))
-    if isinstance(value, torch.Tensor):
-        try:
-            return value.untyped_storage()._cdata
-        except NotImplementedError:  # in a vmapped function
-            return None
-    return None if value is None else -1
+    if not isinstance(value, torch.Tensor):
+        return {None if value is None else -1}
+    try:
+        return {part.value.untyped_storage()._cdata for part in tracing.plain_parts([value])[0]}
+    except NotImplementedError:  # in a vmapped function
+        return {None}
 
 
 def _traced(result: Any, tracer: Any) -> Any:
     if isinstance(result, (tuple, list)):
         return tuple(_traced(r, tracer) for r in result)
     return tracing.traced_node(result, tracer)
+
+
+@dataclasses.dataclass
+class _Unseen:
+    """What is no plain tensor and is not looked into; ``trace`` is a tensor that comes from what it comes from."""
+
+    trace: torch.Tensor
+
+
+def _plain_output(value: Any) -> Any:
+    """What stands for a value among the results of a trace, which are plain tensors."""
+    if isinstance(value, _Unseen):
+        return value.trace
+    return [part.value for part in tracing.plain_parts([value])[0]] if tracing.is_wrapper(value) else value
+
+
+def _requires_grad(node: Node) -> bool:
+    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in pytree.tree_leaves(node.meta["example_value"]))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 # What watches a tensor of autograd's rather than computes one. A detach stands for it, across which nothing is fused.
@@ -381,19 +451,20 @@ def capture(gm: GraphModule) -> Capture:
     inputs = _fake_inputs(placeholders)
     attributes = _tensor_attributes(gm)
     inputs += [tracing.as_fake(_attribute(gm, name), inputs) for name in attributes]
-    unseen: dict[Node, str] = {}
+    leaves, rebuild = tracing.plain_parts(inputs)
+    in_vmaps: dict[Node, str] = {}
     while True:
-        recorder = _Recorder(gm, attributes, unseen)
+        recorder = _Recorder(gm, attributes, in_vmaps)
         try:
-            view = tracing.trace_before_autograd(recorder.run_with_attributes, inputs)
+            view = tracing.trace_before_autograd(recorder.run_with_attributes, leaves, rebuild)
             break
         except Exception as error:
             at = recorder.current
-            message = str(error).strip().partition("\n")[0]
-            vmapped = _vmap_around(at)
-            if not unseen.keys() >= vmapped:
+            message = _first_line(error)
+            around = _vmap_around(at)
+            if not in_vmaps.keys() >= around:
                 log.info("a vmapped function is not looked into: '%s': %s", at.name, message)
-                unseen = unseen | dict.fromkeys(vmapped, message)
+                in_vmaps |= dict.fromkeys(around, f"a vmapped function, {message}")
                 continue
             where = f" at '{at.name}' ({getattr(at.target, '__name__', at.target)})" if at is not None else ""
             what = "refused" if isinstance(error, CaptureError) else type(error).__name__
@@ -402,15 +473,21 @@ def capture(gm: GraphModule) -> Capture:
     for node in view.graph.nodes:
         if node in recorder.origins:
             node.meta["fa3_origin"] = origin = recorder.origins[node]
-            node.meta[REQUIRES_GRAD] = _is_hidden(origin)
+            node.meta[REQUIRES_GRAD] = _is_hidden(origin) or (origin in recorder.unseen and _requires_grad(origin))
             node.meta[NO_GRAD] = not modes[recorder.origins[node]] and any(modes.values())
     held = [n.meta.get("example_value") for n in placeholders] + [_attribute(gm, name) for name in attributes]
-    for node, value in zip(view.graph.find_nodes(op="placeholder"), held, strict=True):
+    captured_inputs, wrapped = {}, {}
+    for node, leaf in zip(view.graph.find_nodes(op="placeholder"), leaves, strict=True):
+        value = held[leaf.of]
         node.meta[REQUIRES_GRAD] = isinstance(value, torch.Tensor) and value.requires_grad
-        node.meta[LEARNED] = isinstance(value, torch.nn.Parameter) and value.requires_grad
-    captured_inputs = dict(zip(view.graph.find_nodes(op="placeholder"), placeholders, strict=False))
+        node.meta[LEARNED] = isinstance(value, torch.nn.Parameter) and value.requires_grad and not leaf.path
+        if leaf.of < len(placeholders):
+            known = wrapped if leaf.path else captured_inputs
+            known[node] = (placeholders[leaf.of], leaf.path) if leaf.path else placeholders[leaf.of]
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
-    return Capture(gm, view, time.perf_counter() - start, captured_inputs, recorder.history, order, modes, unseen)
+    return Capture(
+        gm, view, time.perf_counter() - start, captured_inputs, wrapped, recorder.history, order, modes, recorder.unseen
+    )
 
 
 def _vmap_around(node: Node | None) -> frozenset[Node]:

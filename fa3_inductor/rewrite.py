@@ -167,7 +167,7 @@ def _site(found: Found, captured: Capture) -> Site:
 
 def _unseen_site(node: Node, why: str) -> Site:
     source, code = _where(node)
-    detail = f"a vmapped function, not looked into: {why}"
+    detail = f"not looked into: {why}"
     return Site(
         "rejected",
         source=source,

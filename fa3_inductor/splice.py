@@ -6,6 +6,7 @@ stays the user's own graph, so aliasing, mutation, autocast and no_grad regions 
 """
 
 import contextlib
+import functools
 import math
 import operator
 import re
@@ -34,11 +35,11 @@ class Splicer:
     def __init__(self, captured: Capture) -> None:
         self.capture = captured
         self.graph = captured.source.graph
-        values = (n.meta.get("val") for n in captured.inputs)
+        values = (n.meta.get("val") for n in captured.view.graph.find_nodes(op="placeholder"))
         self.mode = tracing.mode_of(values) or contextlib.nullcontext()
         self._rebuilt: dict[Node, dict[Node, Node]] = {}  # Dynamo node -> {captured node: its replacement}
         self._removed: set[Node] = set()
-        inputs = (n.meta.get("example_value") for n in captured.inputs.values())
+        inputs = (n.meta.get("example_value") for n in captured.source.graph.find_nodes(op="placeholder"))
         wants_gradient = any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
         self.trains = wants_gradient and any(captured.grad_modes.values())
 
@@ -195,6 +196,10 @@ class _Emitter:
             source = self.capture.inputs.get(value)
             if source is not None and not isinstance(value.meta.get("val"), torch.Tensor):
                 return source
+            if value in self.capture.wrapped:
+                source, path = self.capture.wrapped[value]
+                if not self.capture.is_written(source, self.place):
+                    return functools.reduce(lambda x, name: self.call(getattr, x, name), path, source)
             raise Rejected(
                 Reason.MUTATED, f"'{getattr(source, 'name', value.name)}' is written to before the attention"
             )

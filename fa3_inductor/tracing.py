@@ -6,8 +6,8 @@ Apart from compat.py because that one runs while torch is being imported and may
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -20,10 +20,15 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapper
 
 
-def trace_before_autograd(run: Callable[..., Any], fake_inputs: list[Any]) -> GraphModule:
-    """The functional ATen graph of ``run(*fake_inputs)`` as it is before autograd, composite operators whole.
+def trace_before_autograd(
+    run: Callable[..., Any], parts: "list[Part]", rebuild: Callable[[Sequence[Any]], list[Any]]
+) -> GraphModule:
+    """The functional ATen graph of ``run`` as it is before autograd, composite operators whole.
+
+    ``parts`` and ``rebuild`` are the `plain_parts` of its fake inputs; the graph has an input for each part.
 
     This is what ``aot_export_module(pre_dispatch=True)`` traces with, less the analysis of its outputs, which takes a
     third of the time and refuses graphs that write to their inputs. ``run`` is called once, with functional tensors;
@@ -34,10 +39,11 @@ def trace_before_autograd(run: Callable[..., Any], fake_inputs: list[Any]) -> Gr
     def functional(*args: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)):
             inputs = pytree.tree_map(to_fun, args)
-            outputs = pytree.tree_map(from_fun, run(*inputs))
+            outputs = pytree.tree_map(from_fun, run(*rebuild(inputs)))
             after = [from_fun(x) for x in inputs]
         return outputs, [new for new, old in zip(after, args, strict=True) if new is not old]
 
+    fake_inputs = [part.value for part in parts]
     mode = mode_of(fake_inputs)
     with contextlib.ExitStack() as stack:
         if mode is not None:
@@ -59,6 +65,37 @@ def trace_before_autograd(run: Callable[..., Any], fake_inputs: list[Any]) -> Gr
         )
     view.graph.eliminate_dead_code()
     return view
+
+
+class Part(NamedTuple):
+    """A tensor that input number ``of`` is, or that is reached through these attributes where it wraps several."""
+
+    of: int
+    path: tuple[str, ...]
+    value: Any
+
+
+def plain_parts(inputs: list[Any]) -> tuple[list[Part], Callable[[Sequence[Any]], list[Any]]]:
+    """The plain tensors that inputs consist of, and what makes such inputs of others in their place.
+
+    What ``is_wrapper`` says is one (a quantised weight, say, or a DTensor).
+    """
+    parts: list[Part] = []
+
+    def take(of: int, path: tuple[str, ...], value: Any) -> Callable[[Sequence[Any]], Any]:
+        if path and not isinstance(value, torch.Tensor):  # a DTensor's mesh
+            return lambda given: value
+        if not is_wrapper(value):
+            position = len(parts)
+            parts.append(Part(of, path, value))
+            return lambda given: given[position]
+        names, context = value.__tensor_flatten__()
+        inner = {name: take(of, (*path, name), getattr(value, name)) for name in names}
+        unflatten, size, stride = type(value).__tensor_unflatten__, value.size(), value.stride()
+        return lambda given: unflatten({name: make(given) for name, make in inner.items()}, context, size, stride)
+
+    makers = [take(number, (), value) for number, value in enumerate(inputs)]
+    return parts, lambda given: [make(given) for make in makers]
 
 
 def as_fake(tensor: torch.Tensor, inputs: list[Any]) -> torch.Tensor:

@@ -31,12 +31,13 @@ class Block(nn.Module):
     def __init__(self):
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
         self.out = nn.Linear(WIDTH, WIDTH)
         self.register_buffer("later", torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1))
 
     def forward(self, x):
-        q, k, v = (y.view(*x.shape[:2], HEADS, -1).transpose(1, 2) for y in self.qkv(self.norm(x)).split(WIDTH, dim=-1))
+        y = self.norm(x)
+        q, k, v = (f(y).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2) for f in (self.q, self.k, self.v))
         scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(self.later, float("-inf"))
         return x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
 
@@ -236,7 +237,10 @@ WRAPPED = """
 import copy, sys
 import torch
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from tests.test_training import Model, batches, compiled, fused, plain_step, step_through
 
@@ -249,6 +253,11 @@ mine = [x.detach()[distributed.get_rank()][None] for x in data]  # the mean of t
 if how == "ddp of compiled":
     model, report = compiled(model, "reference")
     model = DistributedDataParallel(model)
+elif how == "tensor parallel":
+    mesh, mine = init_device_mesh("cpu", (2,)), [x.detach() for x in data]
+    for block in model.blocks:  # a head a process
+        parallelize_module(block, mesh, {"out": RowwiseParallel(), **{name: ColwiseParallel() for name in "qkv"}})
+    model, report = compiled(model, "reference")
 elif how == "compiled ddp":
     model, report = compiled(DistributedDataParallel(model), "reference")
 else:
@@ -263,8 +272,8 @@ else:
         model, report = compiled(model, "reference")
         reports.append(report)
 ours = step_through(model, mine, plain_step)
+ours = [x.full_tensor() if isinstance(x, DTensor) else x for x in ours]
 if "fsdp" in how:
-    ours = [x.full_tensor() for x in ours]
     assert sum(fused(r) for r in reports) == 2, reports
 else:
     assert fused(report) == 2
@@ -274,9 +283,11 @@ distributed.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("how", ["ddp of compiled", "compiled ddp", "fsdp of compiled blocks", "compiled fsdp"])
+@pytest.mark.parametrize(
+    "how", ["ddp of compiled", "compiled ddp", "fsdp of compiled blocks", "compiled fsdp", "tensor parallel"]
+)
 def test_on_two_processes(how, root, tmp_path):
-    """DDP and FSDP2, around compiled code and inside it, train as one process does."""
+    """DDP and FSDP2, around compiled code and inside it, and tensor parallelism train as one process does."""
     script = tmp_path / "wrapped.py"
     script.write_text(WRAPPED)
     done = subprocess.run(
