@@ -87,6 +87,12 @@ class Capture:
         earlier = itertools.takewhile(lambda node: node is not before, self._order)
         return any(may_write(n) and inner & set().union(*map(_storages, n.all_input_nodes)) for n in earlier)
 
+    def is_written_after(self, node: Node, place: Node) -> bool:
+        """Whether anything may write to the memory of ``node`` when ``place`` has run."""
+        storages = _storages(node)
+        later = itertools.dropwhile(lambda n: self._order[n] <= self._order[place], self._order)
+        return any(may_write(n) and storages & set().union(*map(_storages, n.all_input_nodes)) for n in later)
+
     def origin(self, value: Node) -> Node | None:
         """The node of the source graph during which ``value`` was computed."""
         return value.meta.get("fa3_origin")

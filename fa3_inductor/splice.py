@@ -62,7 +62,10 @@ class Splicer:
             self._check_grad_mode(place, interior)
         try:
             out, formulas = _attention(emit, spec, plan)
-            values[spec.result] = _restore(emit, out, spec)
+            out = _restore(emit, out, spec)
+            if emit.trains and self.capture.is_written_after(place, place):
+                out = emit.call("clone", out)  # a product does not keep its result for the backward; an attention does
+            values[spec.result] = out
             self._replace(emit, place, spec)
         except Exception:
             emit.undo()
@@ -187,6 +190,10 @@ class _Emitter:
         held = self.capture.find(value, self.place)
         if held is None:
             held = self._compute_again(value)
+        elif self.trains and self.capture.is_written_after(held, self.place):
+            held = self.call(
+                "clone", held
+            )  # it is kept for the backward, which the user's code may have kept a copy for
         held.meta[_FAKE] = value.meta.get("val")
         self.values[value] = held
         return held
@@ -619,6 +626,9 @@ def _restore(emit: _Emitter, out: Node, spec: AttentionSpec) -> Node:
         position += len(axis)
     names += ["q", "d"]
     wanted = [n for axis in spec.result_axes for n in axis]
+    if "q" not in wanted:
+        out = emit.call("select", out, names.index("q"), 0)
+        names.remove("q")
     order = [names.index(n) for n in wanted]
     if order != sorted(order):
         out = emit.call("permute", out, *order)

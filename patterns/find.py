@@ -296,8 +296,13 @@ class _Reading:
         values = [s for s in symbols if s in in_v and s not in in_p]
         queries = [s for s in symbols if s in in_q and s not in in_k | in_v]
         axis_d = self._only(values, view.result_index, "value")
-        row = [s for s in queries if s in view.query_row.free_symbols]
-        axis_q = self._only(row or queries[-1:], view.result_index, "query")
+        # Where keys have no heads, any axis of the queries could be theirs: what a mask pairs with the keys is, then
+        # what is of symbolic length, then what the scores have in front of the keys.
+        paired = {s for x in view.scores.terms if view.k in used(x.index) for s in used(x.index)}
+        dynamic = {s for s in queries if not space.size(s).is_number}
+        for preferred in (paired, dynamic, view.query_row.free_symbols, set(queries[-1:])):
+            queries = [s for s in queries if s in preferred] or queries
+        axis_q = self._only(queries, view.result_index, "query")
         names: list[tuple[str, ...]] = []
         batch = iter(("b", "h", *(f"h{i}" for i in range(2, 9))))
         for position, symbol in enumerate(symbols):
@@ -315,16 +320,20 @@ class _Reading:
                 names.append((next(batch),))
         return names
 
-    def _only(self, symbols: list[sympy.Symbol], index: Index, role: str) -> int:
+    def _only(self, symbols: list[sympy.Symbol], index: Index, role: str) -> int | None:
+        """The axis of the result that has this role; None where it has no queries, as one step of decoding may have."""
         if len(symbols) > 1:
             raise Rejected(Reason.LAYOUT, f"the result has {len(symbols)} {role} axes")
         if symbols:
             return next(i for i, e in enumerate(index) if symbols[0] in e.free_symbols)
         # An axis of size one has no symbol; matmul and the einsums in use keep (q, d) last.
         default = len(index) - (2 if role == "query" else 1)
-        if index[default] != 0:
-            raise Rejected(Reason.LAYOUT, f"no {role} axis in the result")
-        return default
+        if index[default] == 0:
+            return default
+        if role == "value":
+            raise Rejected(Reason.LAYOUT, "no value axis in the result")
+        self.sizes["q"] = ONE
+        return None
 
     def spec(self, view: _View, names: list[tuple[str, ...]]) -> tuple[AttentionSpec, tuple[Node, ...]]:
         space, product = self.space, self.weights.product
@@ -453,6 +462,8 @@ def _as_written(
     if "nan_to_num" in weights.words:
         if empty in (Empty.NAN_SCORES, Empty.NAN_SOME):
             raise Rejected(Reason.EMPTY_ROWS, "weights of NaN become zero, but their gradient stays NaN")
+        if empty is Empty.AS_WRITTEN:
+            raise Rejected(Reason.EMPTY_ROWS, "only some weights of NaN become zero: not every mask is -inf")
         empty = Empty.ZERO if empty is Empty.NAN else empty
     return empty
 

@@ -531,6 +531,32 @@ def part_bias():
     return [*qkv(), torch.randn(H, S, S)]
 
 
+@form("causal", args=lambda: [torch.randn(B, S, H, D), *(torch.randn(B, S, D) for _ in range(2))])
+def heads_behind_queries_of_shared_keys(q, k, v):
+    """Multi-query attention: without the mask, either axis could be the queries'."""
+    scores = torch.einsum("bshd,btd->bsht", q, k) * 0.25
+    scores = scores + q.new_full((S, S), INF).triu_(1).unsqueeze(1)
+    return torch.einsum("bsht,btd->bshd", scores.softmax(-1), v)
+
+
+@form(reason=Reason.EMPTY_ROWS, args=lambda: [*qkv(), torch.arange(S) < torch.tensor([[S], [0]])])
+def zeros_for_nan_behind_masks_of_two_kinds(q, k, v, keep):
+    scores = (q @ k.mT * 0.25).masked_fill(q.new_ones(S, S).tril() == 0, torch.finfo(q.dtype).min)
+    return scores.masked_fill(~keep[:, None, None], INF).softmax(-1).nan_to_num(0.0) @ v
+
+
+@form("full", args=lambda: [torch.randn(B, H, D), *(torch.randn(B, S, H, D) for _ in range(2))])
+def one_query_without_an_axis(q, k, v):
+    """A step of decoding."""
+    return torch.einsum("bhk,bkhd->bhd", (torch.einsum("bhd,bkhd->bhk", q, k) * 0.25).softmax(-1), v)
+
+
+@form("full", args=lambda: [torch.randn(B, 1, H, D), *(torch.randn(B, S, H, D) for _ in range(2))])
+def one_query_in_front_of_heads(q, k, v):
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * 0.25
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+
+
 @form("bias", args=part_bias)
 def bias_of_all_but_the_first(q, k, v, bias):
     """A relative position, which the class token has not (MViT)."""

@@ -265,6 +265,39 @@ def test_writes_in_place(fn, target):
     assert (sites[0].mask == "causal") == (fn is mask_written_after_use)
 
 
+def value_written_later(q, k, v):
+    v = v * 1
+    out = torch.softmax(q @ k.mT * 0.25, -1) @ v.clone()
+    v.add_(1)
+    return out + v
+
+
+def result_written_through_a_view(q, k, v):
+    out = attend(q, k, v)
+    out.transpose(1, 2).add_(1)
+    return out
+
+
+def result_relu(q, k, v):
+    return F.relu(attend(q, k, v), inplace=True)
+
+
+def result_scaled_in_place(q, k, v):
+    out = attend(q, k, v)
+    out *= 2
+    return out
+
+
+@TARGETS
+@pytest.mark.parametrize(
+    "fn",
+    [result_written_to, value_written_later, result_written_through_a_view, result_relu, result_scaled_in_place],
+)
+def test_what_the_backward_needs_is_written_to(fn, target):
+    """A product does not keep its result, nor what was copied before it."""
+    assert [s.status for s in check(fn, target=target)] == ["fused"]
+
+
 def scores_row_written(q, k, v):
     s = q @ k.mT * 0.25
     s[:, :, 0] = 0.0
