@@ -44,11 +44,15 @@ def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: 
             what = "masks that add -inf to the scores beside masks that write it over them, in training"
             raise Rejected(Reason.EMPTY_ROWS, f"{what}; config.empty_rows = 'relaxed' accepts zeros there")
         empty = Empty.NAN_SCORES
+    if empty is Empty.RAISED:
+        if trains:
+            what = "masked scores are raised to the number that the mask adds, in training"
+            raise Rejected(Reason.EMPTY_ROWS, f"{what}; config.empty_rows = 'relaxed' accepts zeros there")
+        empty = Empty.AS_WRITTEN
     if trains and empty is Empty.MEAN_SCORES and not (spec.softcap is None and spec.score is None):
-        what = "a soft cap or another function of the scores in the gradient of a query with every key masked"
-        raise Rejected(Reason.EMPTY_ROWS, f"{what}; config.empty_rows = 'relaxed' accepts zeros there")
+        empty = Empty.AS_WRITTEN
     if spec.score is not None:
-        _check_score(spec, empty, trains)
+        _check_score(spec, trains)
     in_8_bits = not_8_bits = ""
     if requested == "reference" or (requested != "sdpa" and _not_hopper(tensors["q"].device) is None):
         in_8_bits, not_8_bits = _fp8(spec, tensors, empty, fp8, trains)
@@ -147,7 +151,7 @@ def _check_factors(spec: AttentionSpec, dtype: torch.dtype, trains: bool) -> Non
             )
 
 
-def _check_score(spec: AttentionSpec, empty: Empty, trains: bool) -> None:
+def _check_score(spec: AttentionSpec, trains: bool) -> None:
     """Whether a function of the scores can be computed with all that is beside it."""
     biases = [t.operand.node for t in spec.terms if t.kind is TermKind.BIAS and t.window is None]
     learned = [x.node.name for x in spec.score.tables if passes_gradient_on(x.node)]
@@ -155,8 +159,6 @@ def _check_score(spec: AttentionSpec, empty: Empty, trains: bool) -> None:
         what = f"'{learned[0]}', which it is made of, has a gradient"
     elif trains and any(map(may_have_gradient, biases)):
         what = "a bias beside it has a gradient"
-    elif empty is Empty.AS_WRITTEN:  # where a mask swallows the scores, queries are zeroed, which a function may not be
-        what = "masks of several kinds may hide all of a row beside it"
     else:
         return
     raise Rejected(spec.no_score.reason, f"{spec.no_score.detail}; no kernel, which would compute it: {what}")

@@ -21,7 +21,7 @@ from .capture import UNSEEN, Capture, may_write
 from .patterns.indices import size_expr
 from .patterns.layouts import NO_GRAD, argument, packet
 from .patterns.magnitude import passes_gradient_on
-from .patterns.masks import Mask
+from .patterns.masks import Mask, no_row_is_empty
 from .patterns.reasons import Reason
 from .patterns.spec import AttentionSpec, Empty, Formula, Operand, Rejected, Repeat, Term, TermKind
 from .plan import Plan, seqlen_offset
@@ -310,12 +310,7 @@ def is_one(size: Any) -> bool:
 def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, tuple[str, str, str]]:
     """The attention's result as [B, Hq, Sq, Dv], and the formulas of its bias, mask and score, "" for none."""
     if plan.empty is Empty.AS_WRITTEN and emit.trains:
-        # Such a row has a gradient in q and k that only the whole matrix of weights gives.
-        raise Rejected(
-            Reason.EMPTY_ROWS,
-            "masks of several kinds, or one beside a bias with a gradient, in training; "
-            "config.empty_rows = 'relaxed' accepts zeros there",
-        )
+        _check_gradients(spec)
     q, k, v = (emit.operand(x) for x in (spec.q, spec.k, spec.v))
     q, k, v = _expand_batch(emit, spec, (q, k, v))
     for factor, inverse in spec.q_factors:  # in float32, for the factor's gradient, which sums up all queries
@@ -332,8 +327,11 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, t
     texts = ("", "", "")
     if plan.target == "sdpa":
         by_window = by_window and _is_plain(spec.mask)
-        shaped = _Shaped(q, None, None, None) if by_window else _shape_scores(emit, spec, plan, q, spec.terms, whole)
-        q, bias, mask, row_seen = shaped
+        bias = mask = row_seen = absorbed = None
+        if not by_window:
+            q, bias, mask, row_seen, absorbed = _shape_scores(emit, spec, plan, q, spec.terms, whole)
+        if absorbed is not None:
+            q, k = _absorbing(emit, spec, q, k, absorbed)
         if bias is not None and mask is not None:
             mask = emit.call(torch.where, mask, bias, -math.inf)
         elif bias is not None:
@@ -354,7 +352,10 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, t
         as_tensors = spec.terms if whole else tuple(t for t in spec.terms if t.window is None)
         as_tensors, formulas = _formulas(emit, spec.score, as_tensors, fake_value(q).device, whole)
         texts = formulas[:3] or texts
-        q, bias, mask, row_seen = _shape_scores(emit, spec, plan, q, as_tensors, whole)
+        q, bias, mask, row_seen, absorbed = _shape_scores(emit, spec, plan, q, as_tensors, whole)
+        softcap = spec.softcap
+        if absorbed is not None:
+            formulas, softcap = _absorbing_formulas(emit, spec, formulas, absorbed), None
         left = right = None
         if not whole:
             left = _window_edge(emit, spec, spec.mask.window_left, -1, q, k)
@@ -374,14 +375,14 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, t
             dtype = torch.float16 if fake_value(q).dtype == torch.float16 else torch.bfloat16
             operands = _float8_operands(emit, spec)
             shaping = (bias, mask, abs(float(spec.float8.scale)), left, right, plan.target, dtype)
-            pair = emit.call(torch.ops.fa3.attention_fp8.default, *operands, *shaping, spec.softcap, sinks, *formulas)
+            pair = emit.call(torch.ops.fa3.attention_fp8.default, *operands, *shaping, softcap, sinks, *formulas)
         elif plan.fp8:
-            options = (config.fp8_incoherent_seed, spec.softcap, sinks)
+            options = (config.fp8_incoherent_seed, softcap, sinks)
             pair = emit.call(torch.ops.fa3.attention_quantised.default, q, k, v, *shaping, *options, *formulas)
         else:
             asked = config.deterministic_backward or torch.are_deterministic_algorithms_enabled()
             in_order = emit.trains and asked
-            options = (spec.softcap, sinks, seed, spec.dropout_p, in_order, *formulas)
+            options = (softcap, sinks, seed, spec.dropout_p, in_order, *formulas)
             pair = emit.call(torch.ops.fa3.attention.default, q, k, v, *shaping, *options)
         out = emit.call(operator.getitem, pair, 0)
         if not exact and not biased:
@@ -495,12 +496,14 @@ def _window_edge(emit: _Emitter, spec: AttentionSpec, edge: sympy.Expr | None, s
 
 
 class _Shaped(NamedTuple):
-    """What shapes the scores: one sum, one condition (True: visible), and which queries see a key (``row_seen``)."""
+    """What shapes the scores: one sum, one condition (True: visible), which queries see a key (``row_seen``), and of
+    which the sum leaves nothing of the scores, though these have a gradient (``absorbed``)."""
 
     q: Node
     bias: Node | None
     mask: Node | None
     row_seen: Node | None
+    absorbed: Node | None = None
 
 
 def _shape_scores(
@@ -536,18 +539,81 @@ def _shape_scores(
     # which the backward relies. Softmax ignores an offset, so the row is lifted.
     is_low = emit.call(operator.lt, top, _LOW)
     lift = emit.call(torch.where, is_low, top, 0.0)
-    swallows = [t.swallows for t in spec.terms if t.swallows is not None]
+    swallows, absorbed = [t.swallows for t in spec.terms if t.swallows is not None], None
     if swallows:
         # Lower still and it swallows its scores: equal weights for the keys at its top. Zero queries give the same.
         is_finite = emit.call(operator.gt, top, -math.inf)
         swallowed = emit.call(torch.logical_and, emit.call(operator.lt, top, max(swallows)), is_finite)
-        q = emit.call("masked_fill", q, swallowed, 0.0)
+        # (What is written over the scores ends their gradient, what is added to them does not.)
+        if spec.score is not None or (emit.trains and any(map(_absorbs, terms))):
+            absorbed = swallowed
+        else:
+            q = emit.call("masked_fill", q, swallowed, 0.0)
         below_top = emit.call(torch.logical_and, swallowed, emit.call(operator.lt, masked, top))
         bias = emit.call("masked_fill", bias, below_top, -math.inf)
     row_seen = emit.call(operator.gt, top, -math.inf)
     lift = emit.call("masked_fill", lift, emit.call(torch.logical_not, row_seen), 0.0)
     bias = emit.call(operator.sub, bias, lift)
-    return _Shaped(q, _as_mask_dtype(emit, spec, plan, bias, q), mask, row_seen)
+    return _Shaped(q, _as_mask_dtype(emit, spec, plan, bias, q), mask, row_seen, absorbed)
+
+
+def _absorbs(term: Term) -> bool:
+    """Whether a term is added to the scores and may leave nothing of them in the sum."""
+    return term.kind in (TermKind.BIAS, TermKind.MASK) and term.swallows is not None and not term.ordinary
+
+
+def _overwrites(term: Term) -> bool:
+    return term.kind in (TermKind.KEEP, TermKind.DROP) and math.isfinite(term.fill)
+
+
+def _check_gradients(spec: AttentionSpec) -> None:
+    """Where -inf is written over all of a row, eager has a NaN in no gradient but that of v; here all have it."""
+    written = [t for t in spec.terms if t.kind in (TermKind.KEEP, TermKind.DROP) and t.fill == -math.inf]
+    window = Mask(spec.mask.window_left, spec.mask.window_right, ())
+    if written and not (all(t.window is not None for t in written) and no_row_is_empty(window, spec.axes)):
+        what = "masks of several kinds, one of which writes -inf over the scores, in training"
+        raise Rejected(Reason.EMPTY_ROWS, f"{what}; config.empty_rows = 'relaxed' accepts zeros there")
+
+
+_SEVERAL = "masks of several kinds, some added to the scores and some written over them, in training"
+
+
+def _absorbing(emit: _Emitter, spec: AttentionSpec, q: Node, k: Node, absorbed: Node) -> tuple[Node, Node]:
+    """q and k of twice the head_dim, whose products are zero for absorbed queries, with the gradient of the products.
+
+    There q has its own place in the half where k is zero, and k is as it was where q is zero; each zero is a difference
+    that hands its gradient on.
+    """
+    if any(map(_overwrites, spec.terms)):
+        raise Rejected(Reason.EMPTY_ROWS, f"{_SEVERAL}; config.empty_rows = 'relaxed' accepts zeros there")
+    still = emit.call("detach", q)
+    lost = emit.call(torch.where, absorbed, still, 0.0)
+    q = emit.call(torch.cat, [emit.call(operator.sub, q, lost), lost], -1)
+    zero = emit.call(operator.sub, k, emit.call("detach", k))
+    return q, emit.call(torch.cat, [k, zero], -1)
+
+
+def _absorbing_formulas(emit: _Emitter, spec: AttentionSpec, formulas: tuple, absorbed: Node) -> tuple:
+    """The operators' last arguments, with scores that are zero for absorbed queries and have their gradient there."""
+    bias, mask, score, *tables = formulas or ("", "", "")
+    if len(tables) >= ops.MAX_TABLES:
+        raise Rejected(Reason.SCORE_OP, f"a function of the scores, one with {len(tables)} tensors in it")
+    text = score or ("s" if spec.softcap is None else f"{spec.softcap!r} * tanh(s / {spec.softcap!r})")
+    added, written = any(map(_absorbs, spec.terms)), [t for t in spec.terms if _overwrites(t)]
+    condition = f"t{len(tables)} != 0"
+    text = f"absorb({condition}, {text})" if added else f"where({condition}, 0.0, {text})"
+    for term in written if added and emit.trains else ():
+        text = f"where({_hidden(term)}, 0.0, {text})"
+    return bias, mask, text, *tables, absorbed
+
+
+def _hidden(term: Term) -> str:
+    """Where a window hides keys, as a formula."""
+    left, right = (None, None) if term.window is None else (term.window.window_left, term.window.window_right)
+    edges = [(sign, edge) for sign, edge in (("k < q -", left), ("k > q +", right)) if edge is not None]
+    if not edges or not all(edge.is_number for _, edge in edges):
+        raise Rejected(Reason.EMPTY_ROWS, f"{_SEVERAL}; config.empty_rows = 'relaxed' accepts zeros there")
+    return " | ".join(f"({sign} ({int(edge)}))" for sign, edge in edges)
 
 
 def _as_mask_dtype(emit: _Emitter, spec: AttentionSpec, plan: Plan, bias: Node, q: Node) -> Node:
@@ -582,13 +648,13 @@ def _with_empty_rows(
         group = fake_value(q).shape[1] // fake_value(k).shape[1]
         k, v = (emit.call("repeat_interleave", x, group, 1) for x in (k, v))
     mean = emit.call("mean", emit.call("float", v), -2, keepdim=True)
-    if emit.trains and plan.empty in (Empty.MEAN_SCORES, Empty.NAN_SCORES):
+    if emit.trains and plan.empty in (Empty.MEAN_SCORES, Empty.NAN_SCORES, Empty.AS_WRITTEN):
         mean = emit.call(operator.add, mean, _uniform_gradient(emit, q, k, v, mean, scale))
-    if plan.empty in (Empty.NAN, Empty.NAN_SCORES):
+    if plan.empty in (Empty.NAN, Empty.NAN_SCORES, Empty.AS_WRITTEN):
         # Row by row, so that gradients stay clear of NaN where no row is empty.
         mean = emit.call(operator.mul, mean, emit.call(torch.where, row_seen, 0.0, math.nan))
     mean = emit.call("to", mean, dtype)
-    if plan.empty is Empty.NAN_SCORES:  # the kernels do not look at keys that nobody sees
+    if plan.empty in (Empty.NAN_SCORES, Empty.AS_WRITTEN):  # the kernels do not look at keys that nobody sees
         return emit.call(operator.add, out, mean)
     return emit.call(torch.where, row_seen, out, mean)
 

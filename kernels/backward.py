@@ -19,7 +19,7 @@ from fa3_inductor.kernels.around import finish_arguments, finish_kernel, statist
 from fa3_inductor.kernels.backward_kernel import backward_kernel
 from fa3_inductor.kernels.backward_wide_kernel import backward_wide_kernel
 from fa3_inductor.kernels.dropout import keep_scale, threshold
-from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas
+from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas, is_shift
 from fa3_inductor.kernels.forward import (
     ROWS,
     addressable,
@@ -89,13 +89,13 @@ def attention_backward(
 
     Raises:
         ValueError: with the sentence of `supports`, if the operands do not fit together, or for the gradient of a bias
-            beside a soft cap or a formula of the scores.
+            beside a soft cap or a formula of the scores whose derivative is not 1.
 
     Returns:
         dq, dk and dv, each as `output_like` has it, and the gradient of bias, contiguous, or None. Sums over keys are
         in float32, in no fixed order unless `deterministic`, so that dq may differ in its last bit from call to call.
     """
-    if bias_grad and (softcap is not None or formulas.score):
+    if bias_grad and (softcap is not None or (formulas.score and not is_shift(formulas.score))):
         raise ValueError("attention_backward: there is no gradient of a bias beside a soft cap or a formula of scores")
     key = (
         *map(key_of, (dout, q, k, v, out, lse)), scale, window_left, window_right, softcap, bias_grad,
@@ -299,7 +299,7 @@ def launch_arguments(
 
 
 def _is_capped(softcap: float | None, formulas: Formulas) -> bool:
-    """Whether scores have a derivative by the scaled product that is not 1."""
+    """Whether scores are more than the scaled product and what is added to it."""
     return softcap is not None or bool(formulas.score)
 
 

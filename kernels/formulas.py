@@ -12,6 +12,8 @@ besides, the scaled product of the query and the key, a real. There are
     where(condition, a, b), minimum(a, b), maximum(a, b), abs(a)
     and of a real exp(a), log(a), sqrt(a), tanh(a), sigmoid(a)
     real(a), the real number that an integer or what a table holds is
+    absorb(condition, a), which is 0 where the condition holds, as if a had been lost in the rounding of a sum, and has
+        the derivative of a there too
 
 A score and a bias are real and a mask a condition. Reals are computed in float32, integers in int32, or int64 where a
 table is.
@@ -47,6 +49,7 @@ NO_FORMULAS = Formulas()
 
 _FUNCTIONS = {
     "where": 3, "minimum": 2, "maximum": 2, "abs": 1, "exp": 1, "log": 1, "sqrt": 1, "tanh": 1, "sigmoid": 1, "real": 1,
+    "absorb": 2,
 }  # fmt: skip
 _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.BitAnd, ast.BitOr)
 _COMPARISONS = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
@@ -129,6 +132,11 @@ def derivative(text: str) -> str:
     return ast.unparse(_derivative(parse(text)))
 
 
+def is_shift(text: str) -> bool:
+    """Whether the formula of a score has the derivative 1 everywhere."""
+    return derivative(text) == "1.0"
+
+
 def _expression(text: str, **parts: ast.expr) -> ast.expr:
     """`text` with other expressions in place of its names."""
 
@@ -164,6 +172,8 @@ def _derivative(node: ast.expr) -> ast.expr:
             return _expression("-da", da=_derivative(a))
         case ast.Call(ast.Name("where"), [condition, a, b]):
             return _expression("where(c, da, db)", c=condition, da=_derivative(a), db=_derivative(b))
+        case ast.Call(ast.Name("absorb"), [_, a]):
+            return _derivative(a)
         case ast.BinOp(a, ast.Add() | ast.Sub() as operator, b):
             return _sum(_derivative(a), operator, _derivative(b))
         case ast.BinOp(a, ast.Mult(), b) if "s" not in names(ast.unparse(b)):
@@ -215,6 +225,9 @@ def evaluate(
                 return _TORCH[type(operator)](visit(left), visit(right))
             case ast.Call(ast.Name("real"), [operand]):
                 return visit(operand).to(dtype)
+            case ast.Call(ast.Name("absorb"), [condition, operand]):
+                value = visit(operand)
+                return torch.where(visit(condition), value * 0.0, value)
             case ast.Call(ast.Name(name), arguments):
                 return getattr(torch, name)(*map(visit, arguments))
 
@@ -247,6 +260,8 @@ def device_source(text: str, by_name: dict[str, str], factor: str = "") -> str:
 
         def visit_Call(self, node: ast.Call) -> ast.expr:
             arguments = [self.visit(x) for x in node.args]
+            if node.func.id == "absorb":  # (NaN stays)
+                return _expression("gl.where(c, x * 0.0, x)", c=arguments[0], x=arguments[1])
             if node.func.id in _DEVICE_FUNCTIONS:
                 return _expression(_DEVICE_FUNCTIONS[node.func.id], x=arguments[0])
             return ast.Call(ast.Attribute(ast.Name("gl"), node.func.id), arguments, [])

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas, derivative, device_source, tables_of
+from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas, derivative, device_source, is_shift, tables_of
 
 ALIGNED = 8
 
@@ -231,7 +231,7 @@ def _apply_source(program: ScoreProgram, backward: bool) -> str:
         lines.append(f"    rows, columns = loaded[{len(program.terms)}], loaded[{len(program.terms) + 1}]")
     if program.score_formula:
         lines.append(f"    s = s * (scale * {1 / log2e!r})")
-        if backward:
+        if backward and not is_shift(program.score_formula):
             slope = derivative(program.score_formula)
             lines.append(f"    slope = s * 0.0 + ({device_source(slope, by_name)})")
             lines.append('    slope = gl.where(gl.abs(slope) < float("inf"), slope, 0.0)')
@@ -248,7 +248,9 @@ def _apply_source(program: ScoreProgram, backward: bool) -> str:
         lines.append(f"    s = s + {device_source(program.bias_formula, by_name, factor)}")
     lines += [f'    s = gl.where({condition}, s, float("-inf"))' for condition in conditions]
     if backward:
-        slope = "1.0" if program.is_linear else "slope" if program.score_formula else "r * (4.0 - 4.0 * r)"
+        slope = "slope" if program.score_formula else "r * (4.0 - 4.0 * r)"
+        if program.is_linear or (program.score_formula and is_shift(program.score_formula)):
+            slope = "1.0"
         lines.append(f"    return s, {slope}")
     else:
         lines.append("    return s")

@@ -66,6 +66,7 @@ class Empty(enum.Enum):
     MEAN_SCORES = (
         "the mean of v over all keys, as a huge finite value added to the scores gives; q and k still have a gradient"
     )
+    RAISED = "as MEAN_SCORES, but half of the gradient ends at the number that the scores are raised to"
     AS_WRITTEN = "masks of several kinds: their sum is added to the scores just as the user's code does"
 
 

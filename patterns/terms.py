@@ -96,8 +96,8 @@ def read_terms(
             raise Rejected(
                 Reason.EMPTY_ROWS, "masked scores are raised to a number, which a masked row then depends on"
             )
-        empty = Empty.AS_WRITTEN  # nothing is lower than that mask's number, but half of the gradient ends there
-    if empty is Empty.AS_WRITTEN:
+        empty = Empty.RAISED
+    if empty in (Empty.AS_WRITTEN, Empty.RAISED):
         _check_as_written(raw)
     return tuple(terms), mask, empty
 
