@@ -160,6 +160,7 @@ FORMULAS = {
         ("h", torch.bfloat16), ("bq", torch.int32), ("bk", torch.int32),
     )),
     "clamp": ("", "", "where(s > 50.0, 50.0, where(s < -50.0, -50.0, s))", ()),
+    "absorbed": ("", "", "absorb(t0 != 0, s)", (("bq", torch.bool),)),
     "gate": ("", "", "sigmoid(s) * real(t0) + tanh(s * exp(-0.1 * abs(real(q) - real(k))))", (("h", torch.float32),)),
 }  # fmt: skip
 
@@ -322,6 +323,7 @@ def cases() -> dict[str, functools.partial]:
         ("d128-documents", (128, 128, "causal", bf16), dict(formulas="documents")),
         ("d256-formulas", (256, 256, "full", bf16), dict(formulas="everything", mask="bk")),
         ("d64-clamp", (64, 64, "full", bf16), dict(formulas="clamp")),
+        ("d64-bias-grad-absorbed", (64, 64, "full", bf16), dict(bias="hqk", bias_grad=True, formulas="absorbed")),
         ("d128-gate", (128, 128, "causal", bf16), dict(formulas="gate")),
     ):
         made[f"backward-{name}"] = functools.partial(backward_case, *problem, **more)

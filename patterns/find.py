@@ -427,7 +427,10 @@ def _function_of(view: _View) -> tuple[Function | None, sympy.Expr, sympy.Expr |
     if scores.linear is None or scores.shaped[2] < len(scores.factors):  # what was added before is scaled as well
         raise Rejected(Reason.TENSOR_SCALE, what)
     *source, scale = scores.linear
-    return Function(*scores.shaped[:2], tuple(source), NotScores(Reason.TENSOR_SCALE, what)), scale, None, ()
+    later = sympy.cancel(scores.scale / scores.shaped[3])  # what all was multiplied by after something was added
+    if later != 1 and scores.softcap is not None:
+        raise Rejected(Reason.TENSOR_SCALE, f"{what}, within a soft cap that is scaled")
+    return Function(*scores.shaped[:2], tuple(source), NotScores(Reason.TENSOR_SCALE, what)), scale * later, None, ()
 
 
 def _as_written(

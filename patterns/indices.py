@@ -162,12 +162,15 @@ def reshape_index(space: Space, index: Index, shape: Sequence[Size], source_shap
 
 def rejoined(expr: sympy.Expr) -> sympy.Expr:
     """``expr`` with what `Space.divmod` has taken apart put together: n * floor(x / n) + x % n is x."""
-    for remainder in expr.atoms(sympy.Mod):
+    for remainder in sorted(expr.atoms(sympy.Mod), key=sympy.default_sort_key):
         whole, divisor = remainder.args
         expanded = sympy.expand(expr)
         quotient, coefficient = sympy.floor(whole / divisor), expanded.coeff(remainder)
         if coefficient != 0 and sympy.expand(expanded.coeff(quotient) - coefficient * divisor) == 0:
-            expr = sympy.expand(expanded - coefficient * (divisor * quotient + remainder) + coefficient * whole)
+            # (What is put together may be the quotient of another.)
+            return rejoined(
+                sympy.expand(expanded - coefficient * (divisor * quotient + remainder) + coefficient * whole)
+            )
     return expr
 
 

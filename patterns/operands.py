@@ -80,6 +80,28 @@ def _is_scaled(algebra: Algebra, node: Node) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Digit:
+    """An axis at ``position`` that runs over (index // stride) % size of a row or column index."""
+
+    position: int
+    stride: sympy.Integer
+    size: sympy.Integer
+
+
+def _digit(entry: sympy.Expr, size: sympy.Expr, position: int) -> _Digit | None:
+    """The digit of its one symbol that ``entry`` is, if all of an axis of ``size`` runs over it."""
+    stride: sympy.Expr = ONE
+    inside, extent = (entry.args[0], entry.args[1]) if isinstance(entry, sympy.Mod) else (entry, size)
+    while isinstance(inside, sympy.floor):
+        part, inside = inside.args[0].as_coeff_Mul()
+        stride = stride / part
+    whole = isinstance(inside, sympy.Symbol) and entry != inside
+    return (
+        _Digit(position, stride, size) if whole and stride.is_Integer and size.is_Integer and extent == size else None
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Roles:
     """Which index symbol plays which canonical axis."""
 
@@ -113,14 +135,20 @@ class Roles:
     ) -> Operand | None:
         """``node`` read at ``index`` as canonical axes (batch, heads, row, column), whole ones; else None.
 
-        With ``repeats``, axes of the batch and of the heads that it lacks beside others that it has are repeated.
+        With ``repeats``, axes of the batch and of the heads that it lacks beside others that it has are repeated, and
+        so is what it lacks of a row or a column that it has a part of: (position // 5) or (position % 5), say.
         """
         positions: dict[sympy.Expr, int] = {}
+        digits: dict[sympy.Expr, list[_Digit]] = {}
         grouped: tuple[int, ...] | None = None
         shape = shape_exprs(tensor(node))
         axes = [part for axis in zip(index, shape, strict=True) for part in self._parts(*axis)]
         for position, (entry, size) in enumerate(axes):
             if entry == 0:
+                continue
+            digit = _digit(entry, size, position) if repeats and entry.free_symbols <= {row, column} else None
+            if digit is not None:
+                digits.setdefault(*entry.free_symbols, []).append(digit)
                 continue
             if entry in positions or not self._is_whole(entry, size):
                 return None
@@ -130,8 +158,8 @@ class Roles:
         if heads is None and len(self.heads) == 1:
             grouped = self._grouped(positions)
             heads = grouped
-        rows, columns = self._single(positions, row), self._single(positions, column)
-        if batch is None or heads is None or positions:
+        rows, columns = (self._single(positions, x, digits.pop(x, [])) for x in (row, column))
+        if batch is None or heads is None or rows is None or columns is None or positions:
             return None
         view = tuple(size for _, size in axes)
         return Operand(node, (batch, heads, rows, columns), None if len(view) == len(shape) else view)
@@ -163,8 +191,21 @@ class Roles:
         bounds = self.space.bounds(entry.args[0]) if isinstance(entry, sympy.floor) else None
         return bounds is not None and sympy.floor(bounds[1]) == size - 1
 
-    def _single(self, positions: dict[sympy.Expr, int], symbol: sympy.Expr) -> tuple[int, ...]:
-        return (positions.pop(symbol),) if symbol != 0 and symbol in positions else ()
+    def _single(
+        self, positions: dict[sympy.Expr, int], symbol: sympy.Expr, digits: "list[_Digit]"
+    ) -> tuple[int | Repeat, ...] | None:
+        """The axis of a row or column, or those of its digits, the most significant first, and of what is between."""
+        if not digits:
+            return (positions.pop(symbol),) if symbol != 0 and symbol in positions else ()
+        found: list[int | Repeat] = []
+        span = self.space.size(symbol)
+        for digit in sorted(digits, key=lambda x: -x.stride):
+            missing = span / (digit.stride * digit.size)
+            if not missing.is_Integer:
+                return None
+            found += [Repeat(missing)] * (missing != 1) + [digit.position]
+            span = digit.stride
+        return (*found, Repeat(span)) if span != 1 else tuple(found)
 
     def _axis(
         self, positions: dict[sympy.Expr, int], axis: tuple[tuple[str, sympy.Expr], ...], repeats: bool
@@ -195,7 +236,7 @@ class Roles:
 
     def heads_of(self, operand: Operand) -> sympy.Expr:
         shape = operand.shape or shape_exprs(tensor(operand.node))
-        return sympy.Mul(*[shape[i] for i in operand.groups[1]])
+        return sympy.Mul(*[i.size if isinstance(i, Repeat) else shape[i] for i in operand.groups[1]])
 
 
 def choose_operands(
@@ -216,17 +257,28 @@ def choose_operands(
         if not all(by_dtype):
             continue
         chosen_q = by_dtype[0][-1]
-        for chosen_k in reversed(by_dtype[1]):
-            for chosen_v in reversed(by_dtype[2]):
-                if roles.heads_of(chosen_k[1]) == roles.heads_of(chosen_v[1]):
-                    factor = chosen_q[0].factor * chosen_k[0].factor
-                    return (chosen_q[1], chosen_k[1], chosen_v[1]), factor
+        pairs = [(x, y) for x in reversed(by_dtype[1]) for y in reversed(by_dtype[2])]
+        heads = {(x, y): (roles.heads_of(x[1]), roles.heads_of(y[1])) for x, y in pairs}
+        same = [pair for pair in pairs if heads[pair][0] == heads[pair][1]]
+        of_one = [pair for pair in pairs if ONE in heads[pair] and all(n.is_number for n in heads[pair])]
+        for chosen_k, chosen_v in (same or of_one)[:1]:
+            count = max(heads[chosen_k, chosen_v])
+            chosen = (chosen_q[1], _of_heads(roles, chosen_k[1], count), _of_heads(roles, chosen_v[1], count))
+            return chosen, chosen_q[0].factor * chosen_k[0].factor
     if not (qs and ks and vs):
         missing = [n for n, x in (("q", qs), ("k", ks), ("v", vs)) if not x]
         raise Rejected(Reason.LAYOUT, f"the axes of {', '.join(missing)} are not those of an attention")
     if seen - set(_FLOATS) or len(seen) > 1 or not dtypes:
         raise Rejected(Reason.DTYPE, "seen: " + ", ".join(sorted(str(d).removeprefix("torch.") for d in seen)))
     raise Rejected(Reason.LAYOUT, "k and v have different head counts")
+
+
+def _of_heads(roles: Roles, operand: Operand, count: sympy.Expr) -> Operand:
+    """The operand, with its one head in place of every one of ``count``."""
+    if roles.heads_of(operand) == count:
+        return operand
+    batch, _, *rest = operand.groups
+    return dataclasses.replace(operand, groups=(batch, (Repeat(count),), *rest))
 
 
 def _spans(roles: Roles, operand: Operand) -> bool:
@@ -258,7 +310,7 @@ def side_operand(space: Space, node: Node, index: Index, roles: Roles) -> Operan
     while step is not None:
         operand = roles.group(*step, roles.q, roles.k, repeats=True)
         if operand is not None and len(operand.groups[1]) in (0, len([1 for _, s in roles.heads if s != 1])):
-            if not any(isinstance(e, sympy.floor) for e in step[1]):
+            if not any(isinstance(e, sympy.floor) and not e.free_symbols <= {roles.q, roles.k} for e in step[1]):
                 found = operand
         step = None if step[0].meta.get(NO_GRAD) else layout_step(space, *step)
     if found is None:

@@ -92,7 +92,7 @@ class Scores:
     expressions that have to be the keys': where it was joined, and where a row's maximum was taken. ``factors`` are
     tensors that scale the product as well. A ``function`` of the product may stand in place of a soft cap and factors.
     ``linear`` is the last place in the chain where there is nothing but the product and ``scale``, ``shaped`` the last
-    one before anything is added, with the number of factors there.
+    one before anything is added, with the number of factors there and the scale.
     """
 
     product: Product
@@ -107,7 +107,7 @@ class Scores:
     factors: tuple["Factor", ...] = ()
     function: Function | None = None
     linear: tuple[Node, Index, sympy.Expr] | None = None
-    shaped: tuple[Node, Index, int] | None = None
+    shaped: tuple[Node, Index, int, sympy.Expr] | None = None
 
 
 class NotScores(Exception):
@@ -142,7 +142,7 @@ def _placed(scores: Scores, node: Node, index: Index) -> Scores:
         return scores
     if scores.function is None and scores.softcap is None and not scores.factors:
         scores = dataclasses.replace(scores, linear=(node, index, scores.scale))
-    return dataclasses.replace(scores, shaped=(node, index, len(scores.factors)))
+    return dataclasses.replace(scores, shaped=(node, index, len(scores.factors), scores.scale))
 
 
 def _read(algebra: Algebra, node: Any, index: Index) -> Scores:

@@ -557,6 +557,33 @@ def one_query_in_front_of_heads(q, k, v):
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
 
 
+@form("full")
+def values_of_one_head(q, k, v):
+    return (q @ k.mT * 0.25).softmax(-1) @ v[:, :1]
+
+
+@form("bias", args=lambda: [*(torch.randn(B, 20, D) for _ in range(3)), torch.randn(4, 4, D), torch.randn(5, 5, D)])
+def positions_of_an_image(q, k, v, of_rows, of_columns):
+    """Every query's own, of the row and of the column of a key (ViTDet, SAM)."""
+    image = q.unflatten(1, (4, 5))
+    rows, columns = torch.einsum("byxc,ykc->byxk", image, of_rows), torch.einsum("byxc,xkc->byxk", image, of_columns)
+    scores = (q * 0.25 @ k.mT).view(-1, 4, 5, 4, 5) + rows[..., None] + columns[..., None, :]
+    return scores.view(-1, 20, 20).softmax(-1) @ v
+
+
+@form("bias", args=lambda: [*(torch.randn(B, 24, D) for _ in range(3)), torch.randn(B, 2, 4)])
+def bias_of_digits(q, k, v, bias):
+    """What is the same for some bits of a position."""
+    scores = (q @ k.mT * 0.25).view(-1, 24, 2, 3, 4) + bias[:, None, :, None, :]
+    return scores.view(-1, 24, 24).softmax(-1) @ v
+
+
+@form("bias", args=lambda: [*(torch.randn(B, 24, D) for _ in range(3)), torch.randn(3, 6)])
+def bias_of_digits_of_both(q, k, v, bias):
+    scores = (q @ k.mT * 0.25).view(-1, 2, 3, 4, 6, 4) + bias[:, None, :, None]
+    return scores.view(-1, 24, 24).softmax(-1) @ v
+
+
 @form("bias", args=part_bias)
 def bias_of_all_but_the_first(q, k, v, bias):
     """A relative position, which the class token has not (MViT)."""

@@ -1,0 +1,162 @@
+"""Queries that a mask by a number hides every key of: equal weights in eager, and gradients that run through them.
+
+The number swallows the score that it is added to, but not that score's gradient; written over the score, it ends it.
+"""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import dropout
+
+from .harness import error, fuse, run
+
+B, H, S, D = 2, 4, 23, 16
+TARGETS = pytest.mark.parametrize("target", ["sdpa", "reference"])
+
+
+def scores(q, k):
+    return q @ k.mT * 0.25
+
+
+def least(q):
+    return torch.finfo(q.dtype).min
+
+
+def later(q):
+    return torch.ones(S, S, dtype=torch.bool, device=q.device).triu(1)
+
+
+def left_padded():
+    """The second sample begins with keys, and queries, that are none."""
+    return torch.arange(S) >= torch.tensor([[0], [7]])
+
+
+def hidden(q, keep):
+    return (1.0 - keep[:, None, None].to(q.dtype)) * least(q)
+
+
+def computed_twice(q, k, v, keep):
+    """As an encoder's mask was once made: nothing that is proved."""
+    inverted = 1.0 - (keep & keep[:, :1])[:, None, None].to(q.dtype)
+    return (scores(q, k) + inverted.masked_fill(inverted.bool(), least(q))).softmax(-1) @ v
+
+
+def of_pairs(q, k, v, keep):
+    """Every padded query sees nothing."""
+    pairs = torch.bmm(keep[:, :, None].to(q.dtype), keep[:, None].to(q.dtype))
+    return (scores(q, k) + (1.0 - pairs[:, None]) * least(q)).softmax(-1) @ v
+
+
+def sum_of_masks(q, k, v, keep):
+    sum_of_both = torch.clamp(hidden(q, keep) + later(q) * least(q), min=least(q))
+    return (scores(q, k) + sum_of_both).softmax(-1) @ v
+
+
+def added_twice(q, k, v, keep):
+    """Keys that both hide are lower than the others of an empty row."""
+    return (scores(q, k) + later(q) * -1e9 + (~keep)[:, None, None] * -1e9).softmax(-1) @ v
+
+
+def beside_infinity(q, k, v, keep):
+    return (scores(q, k).masked_fill(later(q), -math.inf) + hidden(q, keep)).softmax(-1) @ v
+
+
+def written_then_added(q, k, v, keep):
+    """GPT-Neo's."""
+    return (torch.where(~later(q), scores(q, k), least(q)) + hidden(q, keep)).softmax(-1) @ v
+
+
+def behind_alibi(q, k, v, keep):
+    """Bloom's."""
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], device=q.device)[:, None, None]
+    biased = scores(q, k) + (slopes * torch.arange(S, device=q.device)).to(q.dtype)
+    return (biased.masked_fill(later(q), least(q)) + hidden(q, keep)).softmax(-1) @ v
+
+
+def written_twice(q, k, v, keep):
+    return scores(q, k).masked_fill(later(q), -3e4).masked_fill(~keep[:, None, None], -6e4).softmax(-1) @ v
+
+
+def behind_a_soft_cap(q, k, v, keep):
+    """Gemma 2's."""
+    return (5 * torch.tanh(scores(q, k) / 5) + later(q) * least(q) + hidden(q, keep)).softmax(-1) @ v
+
+
+def behind_a_function(q, k, v, keep):
+    return (scores(q, k).clamp(-1, 1).masked_fill(later(q), least(q)) + hidden(q, keep)).softmax(-1) @ v
+
+
+KERNELS_ONLY = (written_then_added, behind_alibi, behind_a_soft_cap, behind_a_function)
+FORMS = [computed_twice, of_pairs, sum_of_masks, added_twice, beside_infinity, written_twice, *KERNELS_ONLY]
+
+
+def assert_as_eager(ours, theirs):
+    assert error(ours.out, theirs.out) < 1e-5
+    for mine, grad in zip(ours.grads, theirs.grads, strict=True):
+        assert error(mine, grad) < 1e-5
+
+
+@TARGETS
+@pytest.mark.parametrize("fn", FORMS)
+@pytest.mark.parametrize("grads", [False, True])
+def test_rows(fn, grads, target):
+    args = [torch.randn(3, B, H, S, D)[i] for i in range(3)] + [left_padded()]
+    compiled, report = fuse(fn, target=target)
+    assert_as_eager(run(compiled, args, torch.float32, grads), run(fn, args, torch.float32, grads))
+    (site,) = report.sites
+    stays = target == "sdpa" and (fn in KERNELS_ONLY[2:] or (grads and fn in KERNELS_ONLY[:2]))
+    assert site.status == ("rejected" if stays else "fused"), site.verdict
+
+
+@TARGETS
+@pytest.mark.parametrize("of", ["some", "all"])
+def test_a_mask_that_is_given(of, target):
+    """Rows of one number, and of several."""
+    keep = left_padded() if of == "some" else torch.arange(S) < torch.tensor([[S], [0]])
+    mask = later(keep.float()) * -1e9 + (~keep)[:, None, None] * -1e9
+
+    def fn(q, k, v):
+        return (scores(q, k) + mask).softmax(-1) @ v
+
+    args = list(torch.randn(3, B, H, S, D).unbind())
+    compiled, report = fuse(fn, target=target)
+    assert_as_eager(run(compiled, args, torch.float32), run(fn, args, torch.float32))
+    assert [s.status for s in report.sites] == ["fused"]
+
+
+@TARGETS
+@pytest.mark.parametrize("where", ["written over a bias", "beside a bias"])
+def test_a_learned_bias(where, target):
+    def fn(q, k, v, bias, keep):
+        if where == "beside a bias":
+            return (scores(q, k) + bias + hidden(q, keep)).softmax(-1) @ v
+        return (scores(q, k) + bias.masked_fill(~keep[:, None, None], least(q))).softmax(-1) @ v
+
+    args = [*torch.randn(3, B, H, S, D).unbind(), torch.randn(H, S, S), torch.arange(S) < torch.tensor([[S], [0]])]
+    compiled, report = fuse(fn, target=target)
+    assert_as_eager(run(compiled, args, torch.float32), run(fn, args, torch.float32))
+    assert [s.status for s in report.sites] == ["fused"]
+
+
+@pytest.mark.parametrize("by", ["added", "written"])
+def test_dropout_of_equal_weights(by):
+    """An encoder in training: with v the unit matrix, the result is the weights, and its zeros what was dropped."""
+
+    def weigh(q, k):
+        s = scores(q, k)
+        return (s + hidden(q, keep) if by == "added" else s.masked_fill(~keep[:, None, None], least(q))).softmax(-1)
+
+    def fn(q, k, v):
+        return dropout(weigh(q, k), 0.5) @ v
+
+    q, k = (x.requires_grad_() for x in torch.randn(2, B, H, S, S).unbind())
+    v, keep = torch.eye(S).expand(B, H, S, S), torch.arange(S) < torch.tensor([[S], [0]])
+    compiled, report = fuse(fn, target="reference")
+    weights = compiled(q, k, v)
+    assert [s.status for s in report.sites] == ["fused"]
+    kept = (weights != 0).float() * 2
+    torch.testing.assert_close(weights[1], kept[1] / S)
+    dout = torch.randn_like(weights)
+    ours, theirs = (torch.autograd.grad(x, (q, k), dout) for x in (weights, weigh(q, k) * kept))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
