@@ -646,6 +646,8 @@ def _with_empty_rows(
     q, k, v = qkv
     if spec.kv_heads != spec.q_heads:
         group = fake_value(q).shape[1] // fake_value(k).shape[1]
+        if not isinstance(group, int):
+            raise Rejected(Reason.LAYOUT, "keys and values would be repeated for a symbolic number of heads")
         k, v = (emit.call("repeat_interleave", x, group, 1) for x in (k, v))
     mean = emit.call("mean", emit.call("float", v), -2, keepdim=True)
     if emit.trains and plan.empty in (Empty.MEAN_SCORES, Empty.NAN_SCORES, Empty.AS_WRITTEN):

@@ -298,7 +298,8 @@ class _Reading:
         axis_d = self._only(values, view.result_index, "value")
         # Where keys have no heads, any axis of the queries could be theirs: what a mask pairs with the keys is, then
         # what is of symbolic length, then what the scores have in front of the keys.
-        paired = {s for x in view.scores.terms if view.k in used(x.index) for s in used(x.index)}
+        beside = [used(x.index) & set(queries) for x in view.scores.terms if view.k in used(x.index)]
+        paired = set().union(*(found for found in beside if len(found) == 1))
         dynamic = {s for s in queries if not space.size(s).is_number}
         for preferred in (paired, dynamic, view.query_row.free_symbols, set(queries[-1:])):
             queries = [s for s in queries if s in preferred] or queries
