@@ -8,7 +8,7 @@ import torch
 
 from .patterns.magnitude import may_have_gradient, passes_gradient_on
 from .patterns.reasons import Reason
-from .patterns.spec import AttentionSpec, Empty, Rejected, TermKind
+from .patterns.spec import AttentionSpec, Empty, Operand, Rejected, TermKind, Weighs
 
 Target = str  # "hopper" | "sdpa" | "reference"
 
@@ -123,6 +123,7 @@ def _fp8(
 def _check(spec: AttentionSpec, tensors: dict[str, torch.Tensor]) -> None:
     devices = {x.device for x in tensors.values()}
     beside = [t.operand for t in spec.terms] + [factor for factor, _ in spec.q_factors]
+    beside += [factor for factor, _ in (*spec.v_factors, *spec.out_factors) if isinstance(factor, Operand)]
     beside += () if spec.score is None else spec.score.tables
     devices |= {x.node.meta["val"].device for x in beside if x.node.meta["val"].ndim}
     if len(devices) > 1:
@@ -138,7 +139,9 @@ def _check(spec: AttentionSpec, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _check_factors(spec: AttentionSpec, dtype: torch.dtype, trains: bool) -> None:
-    """Whether what scales the scores can be taken to the queries, in their dtype."""
+    """Whether what scales the scores can be taken to the queries, in their dtype, and what scales the weights to v."""
+    if dtype == torch.float16 and any(kind in (Weighs.TIMES, Weighs.OVER) for _, kind in spec.v_factors):
+        raise Rejected(Reason.WEIGHTS_OP, "a factor for every key, which may be too large for values in float16")
     for factor, _ in spec.q_factors:
         scales = f"'{factor.node.name}' scales the scores"
         if dtype == torch.float16:

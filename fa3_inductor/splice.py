@@ -23,7 +23,7 @@ from .patterns.layouts import NO_GRAD, argument, packet
 from .patterns.magnitude import passes_gradient_on
 from .patterns.masks import Mask, no_row_is_empty
 from .patterns.reasons import Reason
-from .patterns.spec import AttentionSpec, Empty, Formula, Operand, Rejected, Repeat, Term, TermKind
+from .patterns.spec import AttentionSpec, Empty, Formula, Operand, Rejected, Repeat, Term, TermKind, Weighing, Weighs
 from .plan import Plan, seqlen_offset
 
 aten = torch.ops.aten
@@ -62,7 +62,7 @@ class Splicer:
             self._check_grad_mode(place, interior)
         try:
             out, formulas = _attention(emit, spec, plan)
-            out = _restore(emit, out, spec)
+            out = _restore(emit, _weighed(emit, out, spec.out_factors), spec)
             if emit.trains and self.capture.is_written_after(place, place):
                 out = emit.call("clone", out)  # a product does not keep its result for the backward; an attention does
             values[spec.result] = out
@@ -313,9 +313,8 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, t
         _check_gradients(spec)
     q, k, v = (emit.operand(x) for x in (spec.q, spec.k, spec.v))
     q, k, v = _expand_batch(emit, spec, (q, k, v))
-    for factor, inverse in spec.q_factors:  # in float32, for the factor's gradient, which sums up all queries
-        scaled = emit.call(operator.truediv if inverse else operator.mul, emit.call("float", q), emit.operand(factor))
-        q = emit.call("to", scaled, fake_value(q).dtype)
+    q = _weighed(emit, q, tuple((x, Weighs.OVER if inverse else Weighs.TIMES) for x, inverse in spec.q_factors))
+    v = _weighed(emit, v, spec.v_factors)
     scale = _scale(emit, spec, q)
     if spec.scale.is_negative:  # fused kernels take the largest product for the largest score
         q, scale = emit.call(operator.neg, q), -scale
@@ -391,6 +390,20 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, t
     if row_seen is None or plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO):
         return out, texts
     return _with_empty_rows(emit, spec, plan, out, (q, k, v), row_seen, scale), texts
+
+
+def _weighed(emit: _Emitter, x: Node, factors: tuple[Weighing, ...]) -> Node:
+    """x times every factor: in float32, for the gradient of a factor, which sums up much of x."""
+    dtype = fake_value(x).dtype
+    for factor, kind in factors:
+        number = factor if isinstance(factor, float) else emit.operand(factor)
+        if kind in (Weighs.HIDDEN, Weighs.SHOWN):
+            hidden = number if fake_value(number).dtype == torch.bool else emit.call("bool", number)
+            hidden = emit.call(torch.logical_not, hidden) if kind is Weighs.SHOWN else hidden
+            x = emit.call("masked_fill", x, hidden, 0.0)
+        else:
+            x = emit.call(operator.truediv if kind is Weighs.OVER else operator.mul, emit.call("float", x), number)
+    return x if fake_value(x).dtype == dtype else emit.call("to", x, dtype)
 
 
 def _formulas(

@@ -10,18 +10,18 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 
-from .algebra import Algebra, Opaque, to_boolean
+from .algebra import Algebra, Opaque, is_condition, leaves, to_boolean
 from .assigned import sum_up_assignments
 from .float8 import read_float8
 from .formulas import formula_of_score
 from .indices import ONE, ZERO, Index, Space, broadcast_index, shape_exprs, size_expr
 from .layouts import LAYOUT_OPS, argument, layout_step, packet, rank, tensor, users_of
 from .masks import FULL, Axes, Mask, describe, no_row_is_empty
-from .operands import Roles, choose_operands, peel, side_operand
+from .operands import Roles, choose_operands, key_operand, peel, side_operand
 from .products import as_product, is_product
 from .reasons import Reason
 from .scores import Added, Factor, Function, Hidden, NotScores, Scores, read_scores, visible_where
-from .spec import AttentionSpec, Empty, Rejected, Term, TermKind
+from .spec import AttentionSpec, Empty, Rejected, Term, TermKind, Weighing, Weighs
 from .terms import empty_beside_sink, hides_by_infinity, read_sink, read_terms
 from .written import EMPTY_ROWS, Written, put_together
 
@@ -116,7 +116,7 @@ def _walk_down(algebra: Algebra, softmax: Node) -> _Weights | None:
                     what = "a detach or a hook" if packet(u) is aten.detach else str(u.target)
                     raise Rejected(Reason.WEIGHTS_OP, f"'{u.name}' ({what})")
             return None
-        others += [u for u in users if u is not onward[0]]
+        others += [u for u in users if u is not onward[0] and not _only_decides(u, onward[0])]
         node, previous = onward[0], node
         if is_product(node):
             break
@@ -130,7 +130,7 @@ def _walk_down(algebra: Algebra, softmax: Node) -> _Weights | None:
             if training and p:
                 dropout_p = p
                 words.append("dropout")
-        elif packet(node) is aten.nan_to_num:
+        elif packet(node) is aten.nan_to_num or (packet(node) is aten.where and packet(node.args[0]) is aten.isnan):
             words.append("nan_to_num")
     operands = _product_operands(node)
     if others:
@@ -141,6 +141,11 @@ def _walk_down(algebra: Algebra, softmax: Node) -> _Weights | None:
     if sum(x is previous for x in operands) != 1:
         raise Rejected(Reason.LAYOUT, f"'{node.name}' multiplies the weights with themselves")
     return _Weights(node, list(operands).index(previous), tuple(nodes), dropout_p, tuple(words))
+
+
+def _only_decides(user: Node, where: Node) -> bool:
+    """Whether a user of the weights is where they are NaN, or zeros, for a ``where`` that they are passed to."""
+    return packet(user) in (aten.isnan, aten.zeros_like) and packet(where) is aten.where and users_of(user) == [where]
 
 
 def _product_operands(node: Node) -> tuple[Node, ...]:
@@ -167,14 +172,34 @@ def _keeps_shape(node: Node) -> bool:
 _WEIGHT_OPS = (aten._to_copy, aten.to, aten.type_as, aten.dropout, aten.slice)
 
 
+_WEIGHING = (aten.masked_fill, aten.where, aten.mul, aten.div)
+
+
 def _keeps_weights(algebra: Algebra, node: Node) -> bool:
     if packet(node) in (aten._to_copy, aten.to, aten.type_as):
         return tensor(node).dtype.is_floating_point
     if packet(node) is aten.nan_to_num:
         return not argument(node, 1, "nan")
-    if packet(node) is aten.masked_fill:
-        return algebra.value(node.args[2], ()) == 0
+    if packet(node) in _WEIGHING[:2]:
+        return _zeroing(algebra, node) is not None
+    if packet(node) in _WEIGHING[2:]:
+        return node.args[0] is not node.args[1] and node.kwargs.get("rounding_mode") is None
     return packet(node) in _WEIGHT_OPS + LAYOUT_OPS
+
+
+def _zeroing(algebra: Algebra, node: Node) -> tuple[Node, bool] | None:
+    """The condition under which (True), or but under which (False), a node puts zeros in place of what it is given."""
+    if packet(node) is aten.masked_fill:
+        return (node.args[1], True) if algebra.value(node.args[2], ()) == 0 else None
+    if len(node.args) != 3:
+        return None
+    zeros = [_is_zero(algebra, x) for x in node.args[1:]]
+    return (node.args[0], zeros[0]) if any(zeros) else None
+
+
+def _is_zero(algebra: Algebra, x: Any) -> bool:
+    sizes = shape_exprs(tensor(x)) if isinstance(x, Node) and isinstance(x.meta.get("val"), torch.Tensor) else ()
+    return algebra.value(x, tuple(algebra.space.symbol(f"z{i}", size) for i, size in enumerate(sizes))) == 0
 
 
 def _read_softmax(algebra: Algebra, softmax: Node) -> tuple[AttentionSpec, tuple[Node, ...]] | None:
@@ -206,6 +231,15 @@ def _has_scores(algebra: Algebra, softmax: Node) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Zeroed:
+    """The weights are overwritten by zero where a condition holds, or where it does not."""
+
+    node: Node
+    index: Index
+    hides: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class _View:
     """One reading of a site at one choice of index symbols for the result."""
 
@@ -220,7 +254,8 @@ class _View:
     v_index: Index
     query_row: sympy.Expr  # the index of the score axis just before the keys
     column: sympy.Expr  # that of the keys among the scores
-    zeroed: tuple[tuple[Node, Index], ...]  # conditions under which the weights are overwritten by zero
+    zeroed: tuple["_Zeroed", ...]
+    weighed: tuple[Factor, ...]  # what the weights are multiplied by
 
 
 class _Reading:
@@ -252,15 +287,25 @@ class _Reading:
         sides = [(pv.a, pv.a_index), (pv.b, pv.b_index)]
         node, at = sides[self.weights.operand]
         v_node, v_index = sides[1 - self.weights.operand]
-        zeroed = []
-        for expected in reversed(self.weights.nodes[1:]):
+        zeroed, weighed = [], []
+        for source, expected in reversed(list(zip(self.weights.nodes, self.weights.nodes[1:]))):
             if node is not expected:
                 raise Rejected(Reason.LAYOUT, f"'{node.name}' stands between the weights and the values")
-            if packet(node) is aten.masked_fill:
-                condition = node.args[1]
-                zeroed.append((condition, broadcast_index(at, shape_exprs(tensor(condition)))))
+            found = _zeroing(self.algebra, node) if packet(node) in (aten.masked_fill, aten.where) else None
+            if packet(node) in _WEIGHING and tensor(node).shape != tensor(source).shape:
+                raise Rejected(Reason.WEIGHTS_OP, f"'{node.name}' ({node.target})")
+            if found is not None and packet(found[0]) is not aten.isnan:
+                zeroed.append(_Zeroed(found[0], broadcast_index(at, shape_exprs(tensor(found[0]))), found[1]))
+            elif packet(node) in (aten.mul, aten.div):
+                other = node.args[1] if node.args[0] is source else node.args[0]
+                is_divisor = packet(node) is aten.div
+                if is_divisor and other is node.args[0]:
+                    raise Rejected(Reason.WEIGHTS_OP, f"'{node.name}' ({node.target})")
+                is_tensor = isinstance(other, Node) and isinstance(other.meta.get("val"), torch.Tensor)
+                place = broadcast_index(at, shape_exprs(tensor(other))) if is_tensor else ()
+                weighed.append(Factor(other, place, is_divisor))
             step = layout_step(space, node, at)
-            node, at = step if step is not None else (node.args[0], at)
+            node, at = step if step is not None else (source, at)
         k, column = pv.contracted, at[self.dim]
         # Behind a sink, key k is in column k + 1.
         if not (column - k).is_Integer or any(
@@ -281,7 +326,7 @@ class _Reading:
             raise Rejected(Reason.LAYOUT, "both or neither operand of the score product run over the keys")
         q, key = (b, a) if in_a else (a, b)
         row = at[self.dim - 1] if self.dim else ZERO
-        return _View(tuple(index), k, scores, *q, *key, v_node, v_index, row, column, tuple(zeroed))
+        return _View(tuple(index), k, scores, *q, *key, v_node, v_index, row, column, tuple(zeroed), tuple(weighed))
 
     def name_axes(self, view: _View, splits: dict[sympy.Symbol, sympy.Expr]) -> list[tuple[str, ...]]:
         """Give the axes of the result their roles: "q", "d" and, for the rest in order, "b", "h", "h2", …"""
@@ -377,7 +422,10 @@ class _Reading:
             raise Rejected(Reason.TENSOR_SCALE, f"the soft cap is {softcap}")
         q_factors = [(side_operand(space, x.node, x.index, roles), x.inverse) for x in factors]
         terms, mask, empty = read_terms(self.algebra, view.scores.terms, roles, axes)
-        empty = _as_written(self.algebra, self.softmax, self.weights, view, terms, empty)
+        zeroed, v_factors, out_factors = _weighing(self.algebra, view, roles, roles.heads_of(k), empty)
+        if v_factors and (float8 is not None or not_float8):
+            float8, not_float8 = None, "not on the FP8 kernel: the weights are multiplied by a number for each key"
+        empty = _as_written(self.algebra, self.softmax, self.weights, view, bool(zeroed), terms, empty)
         sinks = None
         if view.scores.sink is not None:
             sinks = read_sink(self.algebra, view.scores.sink, roles)
@@ -411,6 +459,8 @@ class _Reading:
             score=score,
             no_score=no_score,
             q_factors=tuple(q_factors),
+            v_factors=v_factors,
+            out_factors=out_factors,
             sinks=sinks,
             float8=float8,
             not_float8=not_float8,
@@ -434,15 +484,44 @@ def _function_of(view: _View) -> tuple[Function | None, sympy.Expr, sympy.Expr |
     return Function(*scores.shaped[:2], tuple(source), NotScores(Reason.TENSOR_SCALE, what)), scale * later, None, ()
 
 
+def _weighing(
+    algebra: Algebra, view: _View, roles: Roles, kv_heads: sympy.Expr, empty: Empty
+) -> tuple[list[_Zeroed], tuple[Weighing, ...], tuple[Weighing, ...]]:
+    """What is done to the weights: zeros where the scores are hidden too; what goes to the values; to the result."""
+    zeroed, of_keys, of_queries = [], [], []
+    for at in (*view.zeroed, *view.weighed):
+        if isinstance(at.node, Node) and isinstance(at.node.meta["val"], torch.Tensor):
+            value = algebra.value(at.node, at.index)
+            shown = to_boolean(value)
+            if isinstance(at, _Zeroed):
+                kind, shown = (Weighs.HIDDEN, sympy.Not(shown)) if at.hides else (Weighs.SHOWN, shown)
+                is_mask = True
+            else:
+                kind = Weighs.OVER if at.inverse else Weighs.TIMES
+                is_mask = not at.inverse and all(x in (0, 1) or is_condition(x) for x in leaves(value))
+            if is_mask and any(isinstance(t, Hidden) and visible_where(algebra, t) == shown for t in view.scores.terms):
+                zeroed.append(at.node)
+                continue
+            if isinstance(at, _Zeroed) and empty not in (Empty.IMPOSSIBLE, Empty.MEAN, Empty.MEAN_SCORES):
+                raise Rejected(Reason.WEIGHTS_OP, f"they are hidden by '{at.node.name}', which the scores are not")
+            if any(view.k in x.free_symbols for x in at.index):
+                of_keys.append((key_operand(at.node, at.index, roles, kv_heads), kind))
+            else:
+                of_queries.append((side_operand(algebra.space, at.node, at.index, roles), kind))
+            continue
+        value = algebra.value(at.node, ())
+        if not (isinstance(value, sympy.Expr) and value.is_number and value.is_finite) or value == 0:
+            raise Rejected(Reason.WEIGHTS_OP, f"they are multiplied by {at.node}")
+        of_queries.append((float(value), Weighs.OVER if at.inverse else Weighs.TIMES))
+    return zeroed, tuple(of_keys), tuple(of_queries)
+
+
 def _as_written(
-    algebra: Algebra, softmax: Node, weights: _Weights, view: _View, terms: tuple[Term, ...], empty: Empty
-) -> Empty:
+    algebra: Algebra, softmax: Node, weights: _Weights, view: _View, zeroed: bool, terms: tuple[Term, ...],
+    empty: Empty,
+) -> Empty:  # fmt: skip
     """What an empty row gives where the softmax is written out, or its weights are replaced by zeros."""
     raw = view.scores.terms
-    for condition, index in view.zeroed:
-        zeroed = to_boolean(algebra.value(condition, index))
-        if not any(isinstance(t, Hidden) and visible_where(algebra, t) == sympy.Not(zeroed) for t in raw):
-            raise Rejected(Reason.WEIGHTS_OP, f"they are hidden by '{condition.name}', which the scores are not")
     if empty is Empty.IMPOSSIBLE:
         return empty
     match softmax.meta.get(EMPTY_ROWS):
@@ -458,7 +537,7 @@ def _as_written(
             raise Rejected(
                 Reason.EMPTY_ROWS, "the softmax is written out, with a sum that may be zero and a small number"
             )
-    if view.zeroed:
+    if zeroed:
         # Beside it, only what can hide nothing by itself. (Behind -inf, even that has a gradient of NaN.)
         if sum(not t.ordinary for t in terms) > 1 or not isinstance(raw[-1], Hidden):
             raise Rejected(Reason.EMPTY_ROWS, "of several masks one hides the weights as well")

@@ -318,3 +318,13 @@ def side_operand(space: Space, node: Node, index: Index, roles: Roles) -> Operan
             Reason.LAYOUT, f"the axes of '{node.name}', applied to the scores, are not those of an attention"
         )
     return found
+
+
+def key_operand(node: Node, index: Index, roles: Roles, kv_heads: sympy.Expr) -> Operand:
+    """What every key or value is multiplied by, as a tensor that broadcasts to [B, Hkv, Sk, 1]."""
+    operand = roles.group(node, index, roles.k, ZERO)
+    if operand is None or roles.heads_of(operand) not in (1, kv_heads):
+        raise Rejected(
+            Reason.WEIGHTS_OP, f"they are multiplied by '{node.name}', which is no number for each query or each key"
+        )
+    return operand

@@ -121,6 +121,18 @@ class Float8:
     scale: sympy.Expr
 
 
+class Weighs(enum.Enum):
+    """What is done to the weights, and so to the values or the result."""
+
+    TIMES = "multiplied by a number or a tensor"
+    OVER = "divided by it"
+    HIDDEN = "zero where it is True"
+    SHOWN = "zero where it is False"
+
+
+Weighing = tuple[Operand | float, Weighs]
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
     """One attention. Shapes: q [B, Hq, Sq, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv]; the result is [B, Hq, Sq, Dv].
@@ -154,6 +166,8 @@ class AttentionSpec:
     score: Formula | None = None  # in place of a soft cap
     no_score: Rejected | None = None  # what to say of it where nothing computes functions of a score
     q_factors: tuple[tuple[Operand, bool], ...] = ()  # that q is multiplied by, or divided by if True; none has keys
+    v_factors: "tuple[Weighing, ...]" = ()  # none has queries
+    out_factors: "tuple[Weighing, ...]" = ()  # none has keys
     float8: Float8 | None = None
     not_float8: str = ""  # why it is None although one of the operands is in 8 bits
     sinks: Operand | float | None = None  # [Hq] or all the same: one more score in every row, which has no value

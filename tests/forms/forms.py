@@ -557,6 +557,79 @@ def one_query_in_front_of_heads(q, k, v):
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
 
 
+# ------------------------------------------------------------------------------------------- behind the softmax
+
+
+@form("causal")
+def zeros_for_nan_by_where(q, k, v):
+    """TransformerLens's."""
+    weights = (q @ k.mT * 0.25).masked_fill(q.new_ones(S, S).tril() == 0, INF).softmax(-1)
+    return torch.where(torch.isnan(weights), torch.zeros_like(weights), weights) @ v
+
+
+def key_padding():
+    return [*qkv(), torch.arange(S) < torch.tensor([[S], [S - 6]])]
+
+
+@form("key padding[b, k]", args=key_padding)
+def weights_times_the_mask(q, k, v, keep):
+    keep = keep[:, None, None]
+    return ((q @ k.mT * 0.25).masked_fill(~keep, INF).softmax(-1) * keep.to(q.dtype)) @ v
+
+
+@form("key padding[b, k]", args=key_padding)
+def weights_hidden_by_where(q, k, v, keep):
+    """ESPnet's conformer."""
+    hidden = ~keep[:, None, None]
+    weights = (q @ k.mT * 0.25).masked_fill(hidden, torch.finfo(q.dtype).min).softmax(-1)
+    return torch.where(hidden, 0.0, weights) @ v
+
+
+@form("full", args=key_padding)
+def weights_hidden_that_scores_are_not(q, k, v, keep):
+    """Keys take weight from others, and have none."""
+    return (q @ k.mT * 0.25).softmax(-1).masked_fill(~keep[:, None, None], 0.0) @ v
+
+
+@form("full", args=key_padding)
+def queries_without_a_result(q, k, v, keep):
+    """OpenFlamingo's text in front of the first image."""
+    return (q @ k.mT * 0.25).softmax(-1).masked_fill(~keep[:, None, :, None], 0.0) @ v
+
+
+@form("full", args=lambda: [*qkv(), torch.tensor([1.0, 0.0, 0.5, 2.0])])
+def head_mask(q, k, v, of_heads):
+    return ((q @ k.mT * 0.25).softmax(-1) * of_heads.view(1, -1, 1, 1)) @ v
+
+
+@form("full", args=lambda: [*qkv(), torch.rand(B, S) + 0.5])
+def weights_over_a_number_of_each_query(q, k, v, of_queries):
+    return ((q @ k.mT * 0.25).softmax(-1) / of_queries[:, None, :, None]) @ v
+
+
+@form("full", args=lambda: [*qkv(), torch.rand(H, S)], float16=False)
+def weights_times_a_number_of_each_key(q, k, v, of_keys):
+    return (0.5 * (q @ k.mT * 0.25).softmax(-1) * of_keys[:, None]) @ v
+
+
+@form(reason=Reason.WEIGHTS_OP, args=lambda: [*qkv(), torch.rand(S, S)])
+def weights_times_a_number_of_each(q, k, v, of_both):
+    return ((q @ k.mT * 0.25).softmax(-1) * of_both) @ v
+
+
+@form(reason=Reason.WEIGHTS_OP)
+def squared_weights(q, k, v):
+    weights = (q @ k.mT * 0.25).softmax(-1)
+    return (weights * weights) @ v
+
+
+@form(reason=Reason.WEIGHTS_OP, args=key_padding)
+def weights_hidden_beside_nan(q, k, v, keep):
+    """Where a row is empty, its NaN is hidden from some keys."""
+    weights = (q @ k.mT * 0.25 + torch.where(keep, 0.0, INF)[:, None, None]).softmax(-1)
+    return weights.masked_fill(torch.arange(S, device=q.device) > 9, 0.0) @ v
+
+
 @form("full")
 def values_of_one_head(q, k, v):
     return (q @ k.mT * 0.25).softmax(-1) @ v[:, :1]
@@ -754,11 +827,6 @@ def capped_twice(q, k, v):
 @form(reason=Reason.SCORE_OP)
 def cap_of_a_shift(q, k, v):
     return (torch.tanh(q @ k.mT * 0.25 + 1) * 5).softmax(-1) @ v
-
-
-@form(reason=Reason.WEIGHTS_OP, args=lambda: [*qkv(), torch.rand(H, 1, 1)])
-def head_mask(q, k, v, m):
-    return (torch.softmax(q @ k.mT * 0.25, -1) * m) @ v
 
 
 @form(reason=Reason.TENSOR_SCALE, args=lambda: [*qkv(), torch.rand(S)])
