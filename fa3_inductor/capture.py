@@ -497,7 +497,8 @@ def capture(gm: GraphModule) -> Capture:
 
 
 def _vmap_around(node: Node | None) -> frozenset[Node]:
-    """The nodes of the outermost vmap around a node of a Dynamo graph; none if it is in none, or that may write."""
+    """The nodes of the outermost vmap around a node of a Dynamo graph; none if it is in none, or in one that may write
+    to what it has not made."""
     around: list[Node] = []
     opened, is_around = 0, False
     for other in node.graph.nodes if node is not None else ():
@@ -511,7 +512,12 @@ def _vmap_around(node: Node | None) -> frozenset[Node]:
             if is_around:
                 break
             around.clear()
-    return frozenset() if not is_around or any(map(may_write, around)) else frozenset(around)
+    made = {n for n in around if getattr(n.target, "__name__", n.target) in _FRESH}
+    writes = (n for n in around if may_write(n) and n.all_input_nodes[0] not in made)
+    return frozenset() if not is_around or any(writes) else frozenset(around)
+
+
+_FRESH = ("new_zeros", "new_ones", "new_full", "new_empty", "zeros", "ones", "full", "empty", "clone")
 
 
 def grad_modes(gm: GraphModule) -> dict[Node, bool]:

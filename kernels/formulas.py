@@ -227,7 +227,7 @@ def evaluate(
                 return visit(operand).to(dtype)
             case ast.Call(ast.Name("absorb"), [condition, operand]):
                 value = visit(operand)
-                return torch.where(visit(condition), value * 0.0, value)
+                return torch.where(visit(condition), value - value.detach(), value)
             case ast.Call(ast.Name(name), arguments):
                 return getattr(torch, name)(*map(visit, arguments))
 

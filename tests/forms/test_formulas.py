@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask
 
 from fa3_inductor import Reason, config
 
@@ -207,7 +208,14 @@ def own_attention(q, k, v, table):
     return attend(inside, k, v, visible=j <= i) * torch.vmap(lambda x: x.softmax(0))(table)[:, None, :, None]
 
 
-@pytest.mark.parametrize("fn", [vector, cumulative, of_the_result, own_attention])
+def block_mask(q, k, v, table):
+    """FlexAttention's, which fills a tensor of its own in a vmapped function; the attention beside it is fused."""
+    i, j = positions(q)
+    blocks = create_block_mask(lambda b, h, i, j: i >= j, B, H, S, S, device="cpu")
+    return attend(q, k, v, visible=j <= i) * (1 + table.sum() * blocks.kv_num_blocks.sum())
+
+
+@pytest.mark.parametrize("fn", [vector, cumulative, of_the_result, own_attention, block_mask])
 @pytest.mark.parametrize("grads", [False, True])
 def test_other_functions_are_not_looked_into(fn, grads):
     """But what is around them is. (In training, a bias of which nothing is known stays beside a mask by -inf.)"""

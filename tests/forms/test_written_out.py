@@ -242,4 +242,5 @@ def test_hidden_after_the_softmax_otherwise(case):
         return s.softmax(-1).masked_fill(hidden, 0.5 if case == "by a number" else 0.0) @ v
 
     (site,) = same_as_eager(attention, qkv(), True).sites
-    assert site.reason.name == ("EMPTY_ROWS" if case == "of several" else "WEIGHTS_OP")
+    reason = {"of several": "EMPTY_ROWS", "by a number": "WEIGHTS_OP"}.get(case)
+    assert (site.reason and site.reason.name) == reason  # else the values are hidden, as they differ by key alone

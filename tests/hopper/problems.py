@@ -163,6 +163,7 @@ def drawn_formulas(pick, b, h, sq, sk, dtype, of_scores):
             "where(s > 1.5, 1.5, where(s < -1.5, -1.5, s))", "where(s <= 0.0, 0.0, s)", "2.0 * tanh(s / 2.0)",
             "s * exp(-0.02 * real(t0) * abs(real(k) - real(q)))", "where(k > q, 0.0, s)", "s * sigmoid(s + real(t0))",
             "log(1.0 + exp(s)) - real(t0)", "where(s > 0.0, s, 0.2 * s)", "abs(s) * real(t0)", "1.0 - s * s / 4.0",
+            "absorb(q % 3 == 1, s)",
         ])  # fmt: skip
         return Formulas("", *pick.choice([("", (slopes,)), ("k <= q + 50", (slopes,))]), text)
     bias, mask, tables = pick.choice([

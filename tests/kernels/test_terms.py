@@ -166,6 +166,8 @@ SCORES = [  # a formula of the scores, and the same in PyTorch
     ("where(k > q, 0.0, -s)", lambda s: (-s).masked_fill(COLUMNS > ROWS, 0.0)),
     ("maximum(abs(s), sqrt(s * s + 1.0) - 0.5)", lambda s: torch.maximum(s.abs(), (s * s + 1).sqrt() - 0.5)),
     ("1.0 / s", lambda s: 1 / s),
+    ("absorb(k > q, s * s)", lambda s: (s * s) - (s * s).detach().masked_fill(COLUMNS <= ROWS, 0.0)),
+    ("absorb(real(t0) > 0.1, s)", lambda s: s - s.detach().where(SLOPES > 0.1, 0.0)),
 ]  # fmt: skip
 
 
@@ -202,6 +204,7 @@ def test_derivatives_of_scores(text, function):
     want = function(scaled.expand(*SHAPE))[1, 2]
     torch.testing.assert_close(scores[:, :SEQLEN_Q].mT / LOG2E, want.float())
     (grad,) = torch.autograd.grad(want.sum(), scaled)
+    slope = torch.as_tensor(slope).expand_as(scores)  # it is the number 1 where that is all that it can be
     torch.testing.assert_close(slope[:, :SEQLEN_Q].mT, grad.float(), rtol=1e-4, atol=1e-5)
     assert (scores[:, SEQLEN_Q:] == -math.inf).all() and slope.isfinite().all()
 
