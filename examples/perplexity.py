@@ -59,7 +59,7 @@ def perplexity(model: GPT, data: torch.Tensor, context: int, settings: dict) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400, help="training steps (default: 400)")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps (default: 1500)")
     steps = parser.parse_args().steps
     size = dict(SIZE)
     batch, _ = size.pop("batch"), size.pop("steps")

@@ -56,12 +56,11 @@ def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: 
     in_8_bits = not_8_bits = ""
     if requested == "reference" or (requested != "sdpa" and _not_hopper(tensors["q"].device) is None):
         in_8_bits, not_8_bits = _fp8(spec, tensors, empty, fp8, trains)
-    lost = _lost_in_rounding(spec, trains)
-    if requested == "reference" and spec.dropout_p < 1 and lost is None:
+    if requested == "reference" and spec.dropout_p < 1:
         operator = _FP8_OPERATORS.get(in_8_bits, "fa3::attention")
         return Plan("reference", f"{operator} (PyTorch)", empty, not_8_bits, in_8_bits)
     if requested == "reference":
-        why = lost or "dropout of everything"
+        why = "dropout of everything"
     elif requested == "sdpa":
         why = "asked for by config.target"
     else:
@@ -171,8 +170,6 @@ def _not_on_hopper(spec: AttentionSpec, tensors: dict[str, torch.Tensor], trains
     q = tensors["q"]
     if (why := _not_hopper(q.device)) is not None:
         return why
-    if (lost := _lost_in_rounding(spec, trains)) is not None:
-        return lost
     biases = [t.operand.node for t in spec.terms if t.kind is TermKind.BIAS and t.window is None]
     if trains and spec.softcap is not None and any(map(may_have_gradient, biases)):
         return "the gradient of a bias beside a soft cap"
@@ -189,15 +186,6 @@ def _not_on_hopper(spec: AttentionSpec, tensors: dict[str, torch.Tensor], trains
 
     scale = abs(float(spec.scale)) if spec.scale.is_number else 1.0
     return supports(*shapes(spec), q.dtype, scale=scale)
-
-
-def _lost_in_rounding(spec: AttentionSpec, trains: bool) -> str | None:
-    """What may take gradients from a call of SDPA: the log-sum-exp of a row that is -1e9 all along has no room for the
-    number of its keys."""
-    biases = (t.operand.node for t in spec.terms if t.kind is TermKind.BIAS and not t.ordinary)
-    if trains and spec.is_sdpa and any(map(passes_gradient_on, biases)):
-        return "a bias with a gradient, and perhaps with hugely negative numbers"
-    return None
 
 
 def _not_hopper(device: torch.device) -> str | None:

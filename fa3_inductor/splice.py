@@ -320,8 +320,9 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, t
         q, scale = emit.call(operator.neg, q), -scale
     exact = plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO)
     biased = any(t.kind is TermKind.BIAS and not t.ordinary for t in spec.terms) or plan.empty is Empty.AS_WRITTEN
-    # Where a row is empty, what a bias makes of it depends on every term of the user's sum.
-    whole = biased and not exact
+    # Where a row is empty, what a bias makes of it depends on every term of the user's sum. (In a call of SDPA, its
+    # gradients do: the log-sum-exp of a row that is -1e9 all along has no room for the number of its keys.)
+    whole = biased and (not exact or (spec.is_sdpa and emit.trains and config.empty_rows == "exact"))
     by_window = all(t.window is not None for t in spec.terms)
     texts = ("", "", "")
     if plan.target == "sdpa":

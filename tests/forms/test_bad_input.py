@@ -1,8 +1,11 @@
 """Input that is odd, hostile or no attention at all: always the numbers that eager gives."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fa3_inductor import Reason
 
@@ -41,7 +44,10 @@ def run(fn, args, grads=True):
 def same_as_eager(fn, args, grads=True, target="auto"):
     """The sites found, after comparing with eager."""
     compiled, report = fuse(fn, target=target)
-    for ours, eager in zip(run(compiled, args, grads), run(fn, args, grads), strict=True):
+    # (PyTorch's fused kernels have gradients of their own where a number hides all of a row.)
+    with sdpa_kernel(SDPBackend.MATH) if target == "reference" else contextlib.nullcontext():
+        expected = run(fn, args, grads)
+    for ours, eager in zip(run(compiled, args, grads), expected, strict=True):
         torch.testing.assert_close(ours, eager, atol=1e-4, rtol=1e-3, equal_nan=True)
     return report.sites
 

@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import dropout
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import dropout, scaled_dot_product_attention
 
 from .harness import error, fuse, run
 
@@ -123,6 +124,24 @@ def test_a_mask_that_is_given(of, target):
     compiled, report = fuse(fn, target=target)
     assert_as_eager(run(compiled, args, torch.float32), run(fn, args, torch.float32))
     assert [s.status for s in report.sites] == ["fused"]
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_mask_of_sdpa(learned):
+    """Falcon's ALiBi, hidden by a number. (PyTorch's own fused kernels are wrong here.)"""
+
+    def fn(q, k, v, bias, keep):
+        mask = (bias if learned else bias.detach()).masked_fill(~keep[:, None, None] | later(q), least(q))
+        return scaled_dot_product_attention(q, k, v, mask)
+
+    args = [*torch.randn(3, B, H, S, D).unbind(), torch.randn(H, 1, S), left_padded()]
+    compiled, report = fuse(fn, target="reference")
+    ours = run(compiled, args, torch.float32)
+    with sdpa_kernel(SDPBackend.MATH):
+        theirs = run(fn, args, torch.float32)
+    ours.grads, theirs.grads = ours.grads[: 3 + learned], theirs.grads[: 3 + learned]
+    assert_as_eager(ours, theirs)
+    assert [s.target for s in report.sites] == ["reference"]
 
 
 @TARGETS

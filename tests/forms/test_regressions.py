@@ -523,7 +523,7 @@ def test_a_learned_mask_of_numbers_in_sdpa():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.masked_fill(hidden, -1e9))
 
     report = same_as_eager(fn, [*qkv(), torch.randn(S, S)], target="reference")
-    assert [s.target for s in report.fused] == ["sdpa"]
+    assert [s.target for s in report.fused] == ["reference"]
 
 
 @pytest.mark.parametrize("grads", [False, True])
