@@ -549,15 +549,18 @@ def _shape_scores(
         return _Shaped(q, None if bias is None else _as_mask_dtype(emit, spec, plan, bias, q), mask, seen)
     masked = emit.call("detach", bias if mask is None else emit.call(torch.where, mask, bias, -math.inf))
     top = emit.call("amax", masked, -1, keepdim=True)
-    # A row far below zero (a finite mask over all its keys) loses the scores in the rounding of its log-sum-exp, on
+    # A row far from zero (a finite mask over all its keys) loses the scores in the rounding of its log-sum-exp, on
     # which the backward relies. Softmax ignores an offset, so the row is lifted.
-    is_low = emit.call(operator.lt, top, _LOW)
-    lift = emit.call(torch.where, is_low, top, 0.0)
+    is_far = emit.call(operator.gt, emit.call("abs", top), _FAR)
+    lift = emit.call(torch.where, is_far, top, 0.0)
     swallows, absorbed = [t.swallows for t in spec.terms if t.swallows is not None], None
     if swallows:
-        # Lower still and it swallows its scores: equal weights for the keys at its top. Zero queries give the same.
-        is_finite = emit.call(operator.gt, top, -math.inf)
-        swallowed = emit.call(torch.logical_and, emit.call(operator.lt, top, max(swallows)), is_finite)
+        # Farther still and it swallows its scores: equal weights for the keys at its top. Zero queries give the same.
+        swallowed = emit.call(operator.lt, top, max(swallows))
+        if any(map(_absorbs, terms)):
+            high = -max(t.swallows for t in terms if _absorbs(t))
+            swallowed = emit.call(torch.logical_or, swallowed, emit.call(operator.gt, top, high))
+        swallowed = emit.call(torch.logical_and, swallowed, emit.call("isfinite", top))
         # (What is written over the scores ends their gradient, what is added to them does not.)
         if spec.score is not None or (emit.trains and any(map(_absorbs, terms))):
             absorbed = swallowed
@@ -644,7 +647,7 @@ def _as_mask_dtype(emit: _Emitter, spec: AttentionSpec, plan: Plan, bias: Node, 
     return emit.call("to", bias, wanted)
 
 
-_LOW = -1e3
+_FAR = 1e3
 
 
 def _with_empty_rows(

@@ -88,8 +88,14 @@ def behind_a_function(q, k, v, keep):
     return (scores(q, k).clamp(-1, 1).masked_fill(later(q), least(q)) + hidden(q, keep)).softmax(-1) @ v
 
 
+def raised_by_a_number(q, k, v, keep):
+    """The other way round: the kept keys of a row swallow their scores."""
+    return (scores(q, k) + keep.long()[:, None, None] * 1e9).softmax(-1) @ v
+
+
 KERNELS_ONLY = (written_then_added, behind_alibi, behind_a_soft_cap, behind_a_function)
-FORMS = [computed_twice, of_pairs, sum_of_masks, added_twice, beside_infinity, written_twice, *KERNELS_ONLY]
+FORMS = [computed_twice, of_pairs, sum_of_masks, added_twice, beside_infinity, written_twice, raised_by_a_number]
+FORMS += KERNELS_ONLY
 
 
 def assert_as_eager(ours, theirs):
