@@ -8,7 +8,6 @@ Dynamo graph exactly where it still holds.
 
 import dataclasses
 import functools
-import itertools
 import logging
 import operator
 import time
@@ -81,17 +80,20 @@ class Capture:
                 return node
         return None
 
+    @functools.cached_property
+    def _writes(self) -> list[tuple[int, set[int | None]]]:
+        """Which nodes may write to memory, and to which."""
+        return [(at, _all_storages(n.all_input_nodes)) for n, at in self._order.items() if may_write(n)]
+
     def is_written(self, wrapper: Node, before: Node) -> bool:
         """Whether anything may write, before ``before`` runs, to what a graph input that wraps tensors consists of."""
         inner = {None} | _storages(wrapper)
-        earlier = itertools.takewhile(lambda node: node is not before, self._order)
-        return any(may_write(n) and inner & set().union(*map(_storages, n.all_input_nodes)) for n in earlier)
+        return any(at < self._order[before] and inner & written for at, written in self._writes)
 
     def is_written_after(self, node: Node, place: Node) -> bool:
         """Whether anything may write to the memory of ``node`` when ``place`` has run."""
         storages = _storages(node)
-        later = itertools.dropwhile(lambda n: self._order[n] <= self._order[place], self._order)
-        return any(may_write(n) and storages & set().union(*map(_storages, n.all_input_nodes)) for n in later)
+        return any(at > self._order[place] and storages & written for at, written in self._writes)
 
     def origin(self, value: Node) -> Node | None:
         """The node of the source graph during which ``value`` was computed."""
@@ -220,10 +222,10 @@ class _Recorder(torch.fx.Interpreter):
             try:
                 return super().run_node(n)
             except Exception as error:
-                if may_write(n) or not any(map(tracing.is_wrapper, [*values, n.meta.get("example_value")])):
+                if _writes(n) or not any(map(tracing.is_wrapper, [*values, n.meta.get("example_value")])):
                     raise
                 log.info("'%s' is not looked into: %s", n.name, error)
-        elif may_write(n):
+        elif _writes(n):
             raise CaptureError("it may write to a tensor that is not looked into")
         kinds = {type(x.meta.get("example_value")) for x in (*n.all_input_nodes, n)}
         names = sorted(kind.__name__ for kind in kinds if hasattr(kind, "__tensor_flatten__"))
@@ -235,7 +237,7 @@ class _Recorder(torch.fx.Interpreter):
         nodes = self._vmapped if n in self._vmapped else (n,)
         sources = dict.fromkeys(x for m in nodes for x in m.all_input_nodes)
         sources = [x for x in sources if x in self.env and x not in self._vmapped]
-        self._shared |= _storages(n) & set().union({None}, *map(_storages, sources))
+        self._shared |= _storages(n) & ({None} | _all_storages(sources))
         inputs = pytree.tree_leaves([_plain_output(self.env[x]) for x in sources])
         inputs = [x for x in inputs if isinstance(x, torch.Tensor)]
 
@@ -334,8 +336,8 @@ class _Recorder(torch.fx.Interpreter):
 
     def _follow_write(self, writer: Node, tracer: Any) -> None:
         """After an in-place write, note the new value of everything that may alias what was written."""
-        storages = set().union(*map(_storages, writer.all_input_nodes))
-        if self._shared and storages & self._shared | {None}:
+        storages = _all_storages(writer.all_input_nodes)
+        if self._shared and storages & (self._shared | {None}) and _writes(writer):
             raise CaptureError("it may write to a tensor that is not looked into")
         if None in storages or isinstance(writer.target, torch._ops.HigherOrderOperator):
             storages = set(self._by_storage)
@@ -377,6 +379,10 @@ def _storages(node: Node) -> set[int | None]:
         return {None}
 
 
+def _all_storages(nodes: list[Node]) -> set[int | None]:
+    return set().union(*map(_storages, nodes))
+
+
 def _traced(result: Any, tracer: Any) -> Any:
     if isinstance(result, (tuple, list)):
         return tuple(_traced(r, tracer) for r in result)
@@ -398,7 +404,8 @@ def _plain_output(value: Any) -> Any:
 
 
 def _requires_grad(node: Node) -> bool:
-    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in pytree.tree_leaves(node.meta["example_value"]))
+    values = pytree.tree_leaves(node.meta.get("example_value"))
+    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in values)
 
 
 def _first_line(error: Exception) -> str:
@@ -444,6 +451,16 @@ def may_write(node: Node) -> bool:
     # An ``inplace`` argument given by position cannot be told from another flag, so any True counts.
     parameters = getattr(getattr(target, "__code__", None), "co_varnames", ())
     return "inplace" in parameters and any(arg is True for arg in node.args)
+
+
+def _writes(node: Node) -> bool:
+    """`may_write`, where a higher-order operator (a checkpoint) does so only if something in its bodies does."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return may_write(node)
+    owner = node.graph.owning_module
+    bodies = [getattr(owner, x.target, None) for x in node.all_input_nodes if x.op == "get_attr"]
+    bodies = [x for x in bodies if isinstance(x, GraphModule)]
+    return not bodies or any(_writes(n) for body in bodies for n in body.graph.nodes)
 
 
 def capture(gm: GraphModule) -> Capture:

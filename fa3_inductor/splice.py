@@ -191,9 +191,8 @@ class _Emitter:
         if held is None:
             held = self._compute_again(value)
         elif self.trains and self.capture.is_written_after(held, self.place):
-            held = self.call(
-                "clone", held
-            )  # it is kept for the backward, which the user's code may have kept a copy for
+            # It is kept for the backward; the user's code may have kept a copy.
+            held = self.call("clone", held)
         held.meta[_FAKE] = value.meta.get("val")
         self.values[value] = held
         return held

@@ -234,7 +234,7 @@ def test_transforms_inside_the_compiled_function(target, transform):
 
 
 WRAPPED = """
-import copy, sys
+import copy, functools, sys
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -242,18 +242,20 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tests.test_training import Model, batches, compiled, fused, plain_step, step_through
 
 how = sys.argv[1]
 distributed.init_process_group("gloo")
 torch.manual_seed(0)
-model, data = Model(), batches()
+parallel = how == "tensor parallel in checkpoints"
+model, data = Model(functools.partial(checkpoint, use_reentrant=False) if parallel else None), batches()
 eager = step_through(copy.deepcopy(model), data, plain_step)
 mine = [x.detach()[distributed.get_rank()][None] for x in data]  # the mean of these gradients is that of the batch
 if how == "ddp of compiled":
     model, report = compiled(model, "reference")
     model = DistributedDataParallel(model)
-elif how == "tensor parallel":
+elif parallel:
     mesh, mine = init_device_mesh("cpu", (2,)), [x.detach() for x in data]
     for block in model.blocks:  # a head a process
         parallelize_module(block, mesh, {"out": RowwiseParallel(), **{name: ColwiseParallel() for name in "qkv"}})
@@ -284,7 +286,8 @@ distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
-    "how", ["ddp of compiled", "compiled ddp", "fsdp of compiled blocks", "compiled fsdp", "tensor parallel"]
+    "how",
+    ["ddp of compiled", "compiled ddp", "fsdp of compiled blocks", "compiled fsdp", "tensor parallel in checkpoints"],
 )
 def test_on_two_processes(how, root, tmp_path):
     """DDP and FSDP2, around compiled code and inside it, and tensor parallelism train as one process does."""
