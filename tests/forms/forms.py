@@ -597,9 +597,9 @@ def queries_without_a_result(q, k, v, keep):
     return (q @ k.mT * 0.25).softmax(-1).masked_fill(~keep[:, None, :, None], 0.0) @ v
 
 
-@form("full", args=lambda: [*qkv(), torch.tensor([1.0, 0.0, 0.5, 2.0])])
+@form("full", args=lambda: [*qkv(), torch.tensor([1, 0, 3, 2])])
 def head_mask(q, k, v, of_heads):
-    return ((q @ k.mT * 0.25).softmax(-1) * of_heads.view(1, -1, 1, 1)) @ v
+    return ((q @ k.mT * 0.25).softmax(-1) * of_heads.view(1, -1, 1, 1).to(q.dtype)) @ v
 
 
 @form("full", args=lambda: [*qkv(), torch.rand(B, S) + 0.5])
@@ -635,7 +635,11 @@ def values_of_one_head(q, k, v):
     return (q @ k.mT * 0.25).softmax(-1) @ v[:, :1]
 
 
-@form("bias", args=lambda: [*(torch.randn(B, 20, D) for _ in range(3)), torch.randn(4, 4, D), torch.randn(5, 5, D)])
+def image_tables():
+    return [torch.randn(4, 4, D) / 8, torch.randn(5, 5, D) / 8]
+
+
+@form("bias", args=lambda: [*(torch.randn(B, 20, D) for _ in range(3)), *image_tables()])
 def positions_of_an_image(q, k, v, of_rows, of_columns):
     """Every query's own, of the row and of the column of a key (ViTDet, SAM)."""
     image = q.unflatten(1, (4, 5))
@@ -644,16 +648,16 @@ def positions_of_an_image(q, k, v, of_rows, of_columns):
     return scores.view(-1, 20, 20).softmax(-1) @ v
 
 
-@form("bias", args=lambda: [*(torch.randn(B, 24, D) for _ in range(3)), torch.randn(B, 2, 4)])
+@form("bias", args=lambda: [*(torch.randn(B, 24, D) for _ in range(3)), torch.randn(B, 24, 2, 4)])
 def bias_of_digits(q, k, v, bias):
     """What is the same for some bits of a position."""
-    scores = (q @ k.mT * 0.25).view(-1, 24, 2, 3, 4) + bias[:, None, :, None, :]
+    scores = (q @ k.mT * 0.25).view(-1, 24, 2, 3, 4) + bias[:, :, :, None, :]
     return scores.view(-1, 24, 24).softmax(-1) @ v
 
 
-@form("bias", args=lambda: [*(torch.randn(B, 24, D) for _ in range(3)), torch.randn(3, 6)])
+@form("bias", args=lambda: [*(torch.randn(B, 24, D) for _ in range(3)), torch.randint(0, 3, (3, 6))])
 def bias_of_digits_of_both(q, k, v, bias):
-    scores = (q @ k.mT * 0.25).view(-1, 2, 3, 4, 6, 4) + bias[:, None, :, None]
+    scores = (q @ k.mT * 0.25).view(-1, 2, 3, 4, 6, 4) + bias.to(q.dtype)[:, None, :, None]
     return scores.view(-1, 24, 24).softmax(-1) @ v
 
 
