@@ -44,11 +44,6 @@ def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: 
             what = "masks that add -inf to the scores beside masks that write it over them, in training"
             raise Rejected(Reason.EMPTY_ROWS, f"{what}; config.empty_rows = 'relaxed' accepts zeros there")
         empty = Empty.NAN_SCORES
-    if empty is Empty.RAISED:
-        if trains:
-            what = "masked scores are raised to the number that the mask adds, in training"
-            raise Rejected(Reason.EMPTY_ROWS, f"{what}; config.empty_rows = 'relaxed' accepts zeros there")
-        empty = Empty.AS_WRITTEN
     if trains and empty is Empty.MEAN_SCORES and not (spec.softcap is None and spec.score is None):
         empty = Empty.AS_WRITTEN
     if spec.score is not None:
@@ -95,7 +90,7 @@ def _fp8(
         return "", "not on the FP8 kernel: it has no gradient"
     if spec.dropout_p:
         return "", "not on the FP8 kernel: it has no dropout"
-    if empty is Empty.AS_WRITTEN or uncertain:
+    if empty in (Empty.AS_WRITTEN, Empty.RAISED) or uncertain:
         return "", "not on the FP8 kernel: a bias that may hide all of a row"
     if importlib.util.find_spec("triton") is None:
         return "", "not on the FP8 kernel: triton is not installed"

@@ -305,6 +305,8 @@ def is_one(size: Any) -> bool:
 
 # --------------------------------------------------------------------------------------------- the attention
 
+_AS_WRITTEN = (Empty.AS_WRITTEN, Empty.RAISED)
+
 
 def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, tuple[str, str, str]]:
     """The attention's result as [B, Hq, Sq, Dv], and the formulas of its bias, mask and score, "" for none."""
@@ -318,7 +320,7 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, t
     if spec.scale.is_negative:  # fused kernels take the largest product for the largest score
         q, scale = emit.call(operator.neg, q), -scale
     exact = plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO)
-    biased = any(t.kind is TermKind.BIAS and not t.ordinary for t in spec.terms) or plan.empty is Empty.AS_WRITTEN
+    biased = any(t.kind is TermKind.BIAS and not t.ordinary for t in spec.terms) or plan.empty in _AS_WRITTEN
     # Where a row is empty, what a bias makes of it depends on every term of the user's sum. (In a call of SDPA, its
     # gradients do: the log-sum-exp of a row that is -1e9 all along has no room for the number of its keys.)
     whole = biased and (not exact or (spec.is_sdpa and emit.trains and config.empty_rows == "exact"))
@@ -330,7 +332,7 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, t
         if not by_window:
             q, bias, mask, row_seen, absorbed = _shape_scores(emit, spec, plan, q, spec.terms, whole)
         if absorbed is not None:
-            q, k = _absorbing(emit, spec, q, k, absorbed)
+            q, k = _absorbing(emit, spec, q, k, absorbed, plan.empty is Empty.RAISED)
         if bias is not None and mask is not None:
             mask = emit.call(torch.where, mask, bias, -math.inf)
         elif bias is not None:
@@ -354,7 +356,7 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, t
         q, bias, mask, row_seen, absorbed = _shape_scores(emit, spec, plan, q, as_tensors, whole)
         softcap = spec.softcap
         if absorbed is not None:
-            formulas, softcap = _absorbing_formulas(emit, spec, formulas, absorbed), None
+            formulas, softcap = _absorbing_formulas(emit, spec, formulas, absorbed, plan.empty is Empty.RAISED), None
         left = right = None
         if not whole:
             left = _window_edge(emit, spec, spec.mask.window_left, -1, q, k)
@@ -524,7 +526,7 @@ def _shape_scores(
 ) -> _Shaped:
     """``terms`` as one sum and one condition; with ``lifts``, rows of very low sums are lifted."""
     bias = mask = None
-    as_written = plan.empty is Empty.AS_WRITTEN
+    as_written = plan.empty in _AS_WRITTEN
     for term in terms:
         x = emit.operand(term.operand)
         if term.kind is TermKind.BIAS or (term.kind is TermKind.MASK and as_written):
@@ -594,29 +596,37 @@ def _check_gradients(spec: AttentionSpec) -> None:
 _SEVERAL = "masks of several kinds, some added to the scores and some written over them, in training"
 
 
-def _absorbing(emit: _Emitter, spec: AttentionSpec, q: Node, k: Node, absorbed: Node) -> tuple[Node, Node]:
-    """q and k of twice the head_dim, whose products are zero for absorbed queries, with the gradient of the products.
+def _absorbing(
+    emit: _Emitter, spec: AttentionSpec, q: Node, k: Node, absorbed: Node, halved: bool
+) -> tuple[Node, Node]:
+    """q and k of twice the head_dim, whose products are zero for absorbed queries, with the gradient of the products
+    (half of it if ``halved``).
 
     There q has its own place in the half where k is zero, and k is as it was where q is zero; each zero is a difference
     that hands its gradient on.
     """
     if any(map(_overwrites, spec.terms)):
         raise Rejected(Reason.EMPTY_ROWS, f"{_SEVERAL}; config.empty_rows = 'relaxed' accepts zeros there")
-    still = emit.call("detach", q)
-    lost = emit.call(torch.where, absorbed, still, 0.0)
-    q = emit.call(torch.cat, [emit.call(operator.sub, q, lost), lost], -1)
+    lost = emit.call(torch.where, absorbed, emit.call("detach", q), 0.0)
+    if halved:
+        half = emit.call(operator.mul, q, 0.5)
+        q = emit.call(torch.where, absorbed, emit.call(operator.add, half, emit.call("detach", half)), q)
+    q = emit.call(operator.sub, q, lost)
+    q = emit.call(torch.cat, [q, emit.call(operator.mul, lost, 0.5) if halved else lost], -1)
     zero = emit.call(operator.sub, k, emit.call("detach", k))
     return q, emit.call(torch.cat, [k, zero], -1)
 
 
-def _absorbing_formulas(emit: _Emitter, spec: AttentionSpec, formulas: tuple, absorbed: Node) -> tuple:
-    """The operators' last arguments, with scores that are zero for absorbed queries and have their gradient there."""
+def _absorbing_formulas(emit: _Emitter, spec: AttentionSpec, formulas: tuple, absorbed: Node, halved: bool) -> tuple:
+    """The operators' last arguments, with scores that are zero for absorbed queries, and have their gradient there, or
+    half of it."""
     bias, mask, score, *tables = formulas or ("", "", "")
     if len(tables) >= ops.MAX_TABLES:
         raise Rejected(Reason.SCORE_OP, f"a function of the scores, one with {len(tables)} tensors in it")
     text = score or ("s" if spec.softcap is None else f"{spec.softcap!r} * tanh(s / {spec.softcap!r})")
     added, written = any(map(_absorbs, spec.terms)), [t for t in spec.terms if _overwrites(t)]
     condition = f"t{len(tables)} != 0"
+    text = f"where({condition}, 0.5 * ({text}), {text})" if halved and emit.trains else text
     text = f"absorb({condition}, {text})" if added else f"where({condition}, 0.0, {text})"
     for term in written if added and emit.trains else ():
         text = f"where({_hidden(term)}, 0.0, {text})"
@@ -654,7 +664,7 @@ def _with_empty_rows(
 ) -> Node:
     """Give queries that see no key what the user's spelling gives them, gradients included."""
     dtype = fake_value(out).dtype
-    if plan.empty in (Empty.NAN_SCORES, Empty.AS_WRITTEN):
+    if plan.empty in (Empty.NAN_SCORES, *_AS_WRITTEN):
         one = emit.call(torch.ones_like, row_seen, dtype=dtype)
         out = emit.call(operator.mul, out, emit.call(torch.where, row_seen, one, math.nan))
         if not emit.trains:
@@ -666,13 +676,13 @@ def _with_empty_rows(
             raise Rejected(Reason.LAYOUT, "keys and values would be repeated for a symbolic number of heads")
         k, v = (emit.call("repeat_interleave", x, group, 1) for x in (k, v))
     mean = emit.call("mean", emit.call("float", v), -2, keepdim=True)
-    if emit.trains and plan.empty in (Empty.MEAN_SCORES, Empty.NAN_SCORES, Empty.AS_WRITTEN):
+    if emit.trains and plan.empty in (Empty.MEAN_SCORES, Empty.NAN_SCORES, *_AS_WRITTEN):
         mean = emit.call(operator.add, mean, _uniform_gradient(emit, q, k, v, mean, scale))
-    if plan.empty in (Empty.NAN, Empty.NAN_SCORES, Empty.AS_WRITTEN):
+    if plan.empty in (Empty.NAN, Empty.NAN_SCORES, *_AS_WRITTEN):
         # Row by row, so that gradients stay clear of NaN where no row is empty.
         mean = emit.call(operator.mul, mean, emit.call(torch.where, row_seen, 0.0, math.nan))
     mean = emit.call("to", mean, dtype)
-    if plan.empty in (Empty.NAN_SCORES, Empty.AS_WRITTEN):  # the kernels do not look at keys that nobody sees
+    if plan.empty in (Empty.NAN_SCORES, *_AS_WRITTEN):  # the kernels do not look at keys that nobody sees
         return emit.call(operator.add, out, mean)
     return emit.call(torch.where, row_seen, out, mean)
 

@@ -50,7 +50,8 @@ class Added:
     coefficient: sympy.Expr
     dtype: torch.dtype
     narrowed: bool = False  # the sum was cast to a dtype of smaller range afterwards
-    raised: bool = False  # where the sum was lower than a hugely negative number, it was replaced by that
+    raised: sympy.Expr | None = None  # the hugely negative number that replaced a sum lower than it
+    halves: bool = False  # whether half of the gradient of a sum that is that number ends there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,8 +306,11 @@ def _raised(algebra: Algebra, node: Node, index: Index) -> Scores:
         what = f"'{node.name}' raises scores to something else than a hugely negative number"
         return _function(node, index, scores, NotScores(Reason.SCORE_OP, what))
     _check_no_sink(scores, node)
+    if any(isinstance(t, Added) and t.raised is not None for t in scores.terms):
+        raise NotScores(Reason.SCORE_OP, f"'{node.name}' raises scores that were raised before")
+    about = dict(raised=least, halves=packet(node) in (aten.maximum, aten.max))
     terms = tuple(
-        dataclasses.replace(t, raised=True) if isinstance(t, Added) else dataclasses.replace(t, fill=max(t.fill, least))
+        dataclasses.replace(t, **about) if isinstance(t, Added) else dataclasses.replace(t, fill=max(t.fill, least))
         for t in scores.terms
     )
     return _extend(scores, node, "raised", terms=terms)

@@ -91,12 +91,16 @@ def read_terms(
         empty = _of_several({empty, Empty.NAN_SCORES})
     if any(isinstance(t, Added) and t.narrowed for t in raw):
         raise Rejected(Reason.EMPTY_ROWS, "a sum of scores and mask is cast to a dtype in which it may overflow")
-    if any(isinstance(t, Added) and t.raised for t in raw):
-        if empty is not Empty.MEAN_SCORES:
+    raised = [t for t in raw if isinstance(t, Added) and t.raised is not None]
+    if raised:
+        hidden = {v for t, condition in zip(raw, shown) if t in raised and condition is not None
+                  for v in _added_values(algebra, t)}  # fmt: skip
+        if empty is not Empty.MEAN_SCORES or any(v < raised[0].raised for v in hidden):
             raise Rejected(
                 Reason.EMPTY_ROWS, "masked scores are raised to a number, which a masked row then depends on"
             )
-        empty = Empty.RAISED
+        if raised[0].halves and raised[0].raised in hidden:
+            empty = Empty.RAISED
     if empty in (Empty.AS_WRITTEN, Empty.RAISED):
         _check_as_written(raw)
     return tuple(terms), mask, empty
