@@ -500,7 +500,8 @@ def _weighing(
                 kind = Weighs.OVER if at.inverse else Weighs.TIMES
                 is_mask = not at.inverse and all(x in (0, 1) or is_condition(x) for x in leaves(value))
             if is_mask and any(isinstance(t, Hidden) and visible_where(algebra, t) == shown for t in view.scores.terms):
-                zeroed.append(at.node)
+                if isinstance(at, _Zeroed) or empty not in (Empty.NAN, Empty.NAN_SCORES, Empty.NAN_SOME):
+                    zeroed.append(at.node)  # (NaN times zero is none.)
                 continue
             if isinstance(at, _Zeroed) and empty not in (Empty.IMPOSSIBLE, Empty.MEAN, Empty.MEAN_SCORES):
                 raise Rejected(Reason.WEIGHTS_OP, f"they are hidden by '{at.node.name}', which the scores are not")

@@ -308,6 +308,7 @@ def _raised(algebra: Algebra, node: Node, index: Index) -> Scores:
     _check_no_sink(scores, node)
     if any(isinstance(t, Added) and t.raised is not None for t in scores.terms):
         raise NotScores(Reason.SCORE_OP, f"'{node.name}' raises scores that were raised before")
+    least = round_to(least, tensor(node).dtype)
     about = dict(raised=least, halves=packet(node) in (aten.maximum, aten.max))
     terms = tuple(
         dataclasses.replace(t, **about) if isinstance(t, Added) else dataclasses.replace(t, fill=max(t.fill, least))

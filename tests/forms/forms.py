@@ -577,6 +577,13 @@ def weights_times_the_mask(q, k, v, keep):
     return ((q @ k.mT * 0.25).masked_fill(~keep, INF).softmax(-1) * keep.to(q.dtype)) @ v
 
 
+@form("key padding[b, k]", args=lambda: [*qkv(), torch.arange(S) < torch.tensor([[S], [0]])])
+def weights_of_nothing_times_the_mask(q, k, v, keep):
+    """NaN times zero is NaN."""
+    keep = keep[:, None, None]
+    return ((q @ k.mT * 0.25).masked_fill(~keep, INF).softmax(-1) * keep.to(q.dtype)) @ v
+
+
 @form("key padding[b, k]", args=key_padding)
 def weights_hidden_by_where(q, k, v, keep):
     """ESPnet's conformer."""
