@@ -718,9 +718,15 @@ def after_softmax(w: Writer, weights: str, v: str, s: str) -> None:
                 f"{weights}.to({v}.dtype)",
                 f"torch.nan_to_num({weights})",
                 f"{weights}.nan_to_num(nan=0.0)",
+                f"torch.where(torch.isnan({weights}), torch.zeros_like({weights}), {weights})",
                 *((f"{weights}.masked_fill(~{m}, 0.0)",) * 2 if m else ()),
+                *((f"torch.where({m}, {weights}, 0.0)", f"{weights} * {m}.to({weights}.dtype)") if m else ()),
             ),
         )
+    if w.chance(15):
+        axes = w.pick("h", "q", "k", "bq", "bk", "hk")
+        factor = w.align(w.randn("factor", axes), axes)
+        w.set(weights, w.pick(f"{weights} * {factor}", f"{factor} * {weights}", f"{weights} / ({factor}.abs() + 0.5)"))
     if w.slip("operation on the weights", 20):
         gate = w.input("gate", "torch.rand(()) + 0.5")
         a, b = w.shape("qk")
