@@ -347,9 +347,9 @@ class MaskedBeforeAndAfter(Attention):
         return torch.softmax(scores, dim=-1).masked_fill(hidden, 0.0) @ v
 
 
-@form("head-mask", lambda: torch.tensor([1.0, 0.0, 1.0, 0.5]), gap=1, reason=Reason.WEIGHTS_OP)
+@form("head-mask", lambda: torch.tensor([1.0, 0.0, 1.0, 0.5]))
 class HeadMask(Attention):
-    """The weights of each head times a number: [H]. It could be taken to the result."""
+    """The weights of each head times a number: [H]."""
 
     def attend(self, q, k, v, mask):
         return ((q @ k.mT * HEAD_DIM**-0.5).softmax(dim=-1) * mask[None, :, None, None]) @ v
