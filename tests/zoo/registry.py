@@ -42,7 +42,7 @@ class Model:
     nothing to fuse, None that nobody has counted. ``trains``: whether it is run in training too.
 
     ``fused`` is how many of them should be fused (None: all), and ``reason`` what the pass says about the others (None:
-    nothing, it does not see them). ``gap`` is how many of those that should be are known not to be, as of now.
+    nothing, it does not see them).
     The limits of the errors are multiplied by ``tolerance``; ``random`` says that the result is drawn at random, so
     that there is nothing to compare.
     """
@@ -53,7 +53,6 @@ class Model:
     trains: bool = True
     fused: int | None = None
     reason: Reason | None = None
-    gap: int = 0
     tolerance: float = 1.0
     random: bool = False
 
@@ -61,11 +60,6 @@ class Model:
     def to_fuse(self) -> int | None:
         """How many attentions should be fused."""
         return self.attentions if self.fused is None else self.fused
-
-    @property
-    def known_to_fuse(self) -> int | None:
-        """How many are, as of now."""
-        return None if self.to_fuse is None else self.to_fuse - self.gap
 
     @property
     def modes(self) -> tuple[str, ...]:

@@ -88,7 +88,7 @@ class Result:
 
     @property
     def missed(self) -> int:
-        """How many attentions that should have been fused were not, known gaps included."""
+        """How many attentions that should have been fused were not."""
         return 0 if self.failure else max(0, (self.to_fuse or 0) - self.fused)
 
     def to_dict(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def test_handwritten(name, mode):
         pytest.skip("inference only")
     result = run(model, mode, seconds=0)
     assert not result.failure and not result.bad, result
-    assert result.fused == model.known_to_fuse, [str(why) for why in result.rejected]
+    assert result.fused == model.to_fuse, [str(why) for why in result.rejected]
     left = model.attentions - result.fused
     assert result.reasons == ({model.reason.name: left} if model.reason else {})
 
@@ -76,7 +76,7 @@ def test_sample(family, name, mode):
         pytest.skip("inference only")
     result = run(model, mode, seconds=0)
     assert not result.failure and not result.bad, result
-    assert result.fused >= model.known_to_fuse, [str(why) for why in result.rejected]
+    assert result.fused >= model.to_fuse, [str(why) for why in result.rejected]
 
 
 # ------------------------------------------------------------------------------------------- the run itself
