@@ -14,6 +14,9 @@ outliers, beside that of other ways to round.
 
 `python -m fa3_inductor.bench features`: what head dims, windows and terms on the scores cost, beside the plain kernel.
 
+`python -m fa3_inductor.bench decode`: one query a sequence on a cache of keys and values, which is not in the L2 cache;
+GB/s of keys and values. "static cache" has a mask for what is filled, all of it here. `--peers` as for the forward.
+
 `python -m fa3_inductor.bench ablation`: what warp specialisation and overlapping products and softmax are worth.
 
 `python -m fa3_inductor.bench launch`: microseconds that a call keeps the host busy.
@@ -370,6 +373,58 @@ def features(args: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def decode(args: argparse.Namespace) -> list[dict]:
+    """One query of 32 heads, 8 KV heads of 128 or as many as for queries, by batch size and length of the cache."""
+    rows = []
+    print(f"{'batch':>5} {'KV heads':>8} {'keys':>6}   us and GB/s")
+    for (batch, kv_heads), seqlen in itertools.product(
+        ((1, 8), (8, 8), (64, 8), (1, 32), (8, 32)), (1024, 4096, 16384, 65536)
+    ):
+        size = 2 * batch * kv_heads * seqlen * 128 * 2  # bytes
+        if size > 12 << 30:
+            continue
+        caches = [inputs(batch, kv_heads, seqlen, 128)[1:] for _ in range(max(1, min(40, (400 << 20) // size)))]
+        q = inputs(batch, 32, 1, 128)[0]
+        last = torch.full((batch, 1, 1, 1), seqlen - 1, device="cuda")
+        filled = Formulas("", "k <= t0", (last,))
+        mask = torch.arange(seqlen, device="cuda") <= last
+        options = dict(scale=128**-0.5)
+
+        def sdpa(k, v, backend=None, mask=None, q=q):
+            with sdpa_kernel(backend or [*SDPBackend.__members__.values()][1:]):
+                return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+        providers = {
+            "ours": lambda k, v, q=q, options=options: attention_forward(q, k, v, **options)[0],
+            "static cache": lambda k, v, q=q, options=options, filled=filled: attention_forward(
+                q, k, v, **options, formulas=filled
+            )[0],
+            "FA2": functools.partial(sdpa, backend=SDPBackend.FLASH_ATTENTION),
+            "cuDNN": functools.partial(sdpa, backend=SDPBackend.CUDNN_ATTENTION),
+            "SDPA, static cache": functools.partial(sdpa, mask=mask),
+        }
+        if args.peers:
+            function = flash_attention_3(args.peers)
+            providers["FA3"] = lambda k, v, q=q, function=function: function(
+                *(x.transpose(1, 2) for x in (q, k, v)), num_splits=0
+            ).transpose(1, 2)
+        exact = attention_reference(q[:1].double(), *(x[:1].double() for x in caches[0]), **options)[0]
+        calls = {}
+        for name, function in providers.items():
+            try:
+                error = ((function(*caches[0])[:1].double() - exact).norm() / exact.norm()).item()
+            except RuntimeError:  # no such kernel for this
+                continue
+            assert error < 5e-3, f"{name}: relative error {error}"
+            calls[name] = lambda function=function, caches=caches: [function(*cache) for cache in caches]
+        times = {name: ms / len(caches) for name, ms in in_turns(calls).items()}
+        rows.append(dict(batch=batch, kv_heads=kv_heads, seqlen=seqlen, ms=times))
+        columns = (f"{name} {ms * 1e3:.1f} {size / ms / 1e6:.0f}" for name, ms in times.items())
+        print(f"{batch:5} {kv_heads:8} {seqlen:6}   " + ", ".join(columns), flush=True)
+        del caches, calls
+    return rows
+
+
 def ablation(args: argparse.Namespace) -> list[dict]:
     """What each of the paper's techniques is worth, on the plain kernel of head_dim 128: 2 x 8192 positions, full."""
     q, k, v = inputs(2, 16, 8192, 128)
@@ -506,7 +561,7 @@ def model(args: argparse.Namespace) -> list[dict]:
 
 
 PARTS = dict.fromkeys(PROVIDERS, grid) | dict(
-    accuracy=accuracy, features=features, ablation=ablation, launch=launch, model=model
+    accuracy=accuracy, features=features, decode=decode, ablation=ablation, launch=launch, model=model
 )  # fmt: skip
 
 

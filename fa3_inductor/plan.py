@@ -110,6 +110,8 @@ def _fp8(
         return "", spec.not_float8
     if tensors["q"].dtype not in (torch.bfloat16, torch.float16):
         return "", f"not on the FP8 kernel: {str(tensors['q'].dtype).removeprefix('torch.')} is not rounded to 8 bits"
+    if spec.axes.seqlen_q == 1:
+        return "", "not on the FP8 kernel: to round all keys takes longer than one query's attention"
     why = supports(*shapes(spec), scale=abs(float(spec.scale)) if spec.scale.is_number else 1.0, quantised=True)
     return ("quantize", "") if why is None else ("", f"not on the FP8 kernel: {why}")
 

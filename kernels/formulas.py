@@ -132,6 +132,11 @@ def derivative(text: str) -> str:
     return ast.unparse(_derivative(parse(text)))
 
 
+def of_first_query(text: str) -> str:
+    """The formula where q is 0, which remains an integer that is computed. Raises ValueError as `parse` does."""
+    return ast.unparse(_expression(text, q=ast.parse("k - k", mode="eval").body)) if "q" in names(text) else text
+
+
 def is_shift(text: str) -> bool:
     """Whether the formula of a score has the derivative 1 everywhere."""
     return derivative(text) == "1.0"

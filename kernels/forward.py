@@ -16,13 +16,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
 from fa3_inductor.kernels import launch, output_like
+from fa3_inductor.kernels.combine import combine_arguments, combine_kernel
 from fa3_inductor.kernels.dropout import keep_scale, threshold
-from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas
+from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas, of_first_query
 from fa3_inductor.kernels.formulas import check as check_formulas
 from fa3_inductor.kernels.forward_kernel import ROWS as ROWS_OF_A_CONSUMER
 from fa3_inductor.kernels.forward_kernel import forward_kernel
 from fa3_inductor.kernels.ranges import mask_axes, ranges_arguments, ranges_kernel, ranges_shape
-from fa3_inductor.kernels.schedule import longest_first
+from fa3_inductor.kernels.schedule import longest_first, parts_of_keys
 from fa3_inductor.kernels.terms import broadcast, functions, has_terms, program_of
 
 
@@ -178,16 +179,24 @@ def attention_forward(
     out = q.new_empty_strided(call.out_shape, call.out_stride)
     lse = q.new_empty_strided(call.lse_shape, call.lse_stride, dtype=torch.float32)
     if call.launch is not None:
-        terms = ()
-        if call.has_terms:
-            terms = [x.data_ptr() for x in (bias, *formulas.tables, mask, sinks, seed) if x is not None]
+        out_at, lse_at = out.data_ptr(), lse.data_ptr()
+        terms = split = ()
+        if call.combine is not None:
+            room = q.new_empty(call.part_size + call.lse_size, dtype=torch.float32)
+            split, lse_at = (room.data_ptr(),), room.data_ptr() + 4 * call.part_size
+        if call.has_operands:
+            of_scores = (sinks, seed) if call.combine is None else (seed,)
+            terms = [x.data_ptr() for x in (bias, *formulas.tables, mask, *of_scores) if x is not None]
         stream = driver.active.get_current_stream(call.device)
         ranges = ()
         if call.find_ranges is not None:
             found = q.new_empty(call.ranges_shape, dtype=torch.int32)
             ranges = (found.data_ptr(),)
             call.find_ranges(stream, *mask_addresses(mask, formulas), *ranges)
-        call.launch(stream, q_at, k_at, v_at, out.data_ptr(), lse.data_ptr(), *terms, *call.order, *ranges)
+        call.launch(stream, q_at, k_at, v_at, out_at, lse_at, *terms, *call.order, *ranges, *split)
+        if call.combine is not None:
+            at = () if sinks is None else (sinks.data_ptr(),)
+            call.combine(stream, *split, lse_at, out_at, lse.data_ptr(), *at)
     return out, lse
 
 
@@ -246,10 +255,13 @@ class _Call(NamedTuple):
     """
 
     launch: launch.Launch | None  # None: there is nothing to compute
+    combine: launch.Launch | None  # puts the parts together, if the keys are split
+    part_size: int  # elements of what the parts of O take, and of those of lse
+    lse_size: int
     find_ranges: launch.Launch | None  # of the mask
     ranges_shape: tuple[int, ...]
     order: tuple[int, ...]  # the address of the list of tiles, if there is one
-    has_terms: bool  # whether it takes the addresses of bias, tables, mask, sinks or seed
+    has_operands: bool  # whether it takes the addresses of bias, tables, mask, sinks or seed
     device: int
     out_shape: torch.Size
     out_stride: tuple[int, ...]
@@ -268,25 +280,64 @@ def _prepare(
     q, k, v = (x.detach() for x in (q, k, v))
     out = output_like(q, v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    prepared, find_ranges, ranges, order = None, None, None, ()
-    if out.numel():
-        if mask is not None or formulas.mask:
-            block_n = tile_for(q.shape[3], v.shape[3], False, q.shape[2], True).block_n
-            find_ranges, ranges = prepare_ranges(q, k, mask, formulas, block_n)
-        grid, args = launch_arguments(
-            q, k, v, out, lse, scale, window_left, window_right, bias, mask, softcap, sinks, ranges,
-            seed, dropout_p, formulas,
-        )  # fmt: skip
-        terms = (*(operand for operand, *_ in args[_OPERANDS]), sinks, seed)
-        tensors = (q, k, v, out, lse, *terms, args[_ORDER], ranges)
-        tensors = tuple(x for x in tensors if x is not None)
-        prepared = launch.prepare(forward_kernel, grid, args, tensors, {"num_warps": 4})
-        order = () if args[_ORDER] is None else (args[_ORDER].data_ptr(),)
-    has_terms = any(x is not None for x in (bias, *formulas.tables, mask, sinks, seed))
+    has_operands = any(x is not None for x in (bias, *formulas.tables, mask, sinks, seed))
+    settled = has_operands, q.get_device(), out.shape, out.stride(), lse.shape, lse.stride()
+    if not out.numel():
+        return _Call(None, None, 0, 0, None, (), (), *settled)
+    window = clipped(window_left, window_right, q.shape[2], k.shape[2])
+    group = 1
+    if q.shape[2] == 1 and q.shape[1] > k.shape[1] and window == (None, None) and seed is None:
+        group = q.shape[1] // k.shape[1]
+        q, out, bias, mask, formulas = packed(q, out, bias, mask, formulas, k.shape)
+    in_scores = has_terms(bias, mask, None, formulas) or seed is not None  # a soft cap alone needs few registers
+    # (With few rows there is but one consumer, and nobody to take turns with.)
+    tile = tile_for(q.shape[3], v.shape[3], window != (None, None), q.shape[2], in_scores or q.shape[2] <= ROWS)
+    lengths = kv_tiles(q.shape[2], k.shape[2], *window, tile.consumers * ROWS, tile.block_n)
+    count = parts_of_keys(lengths, q.shape[0] * q.shape[1], multiprocessors(q.device))
+    split = combine = find_ranges = ranges = None
+    lse_of_kernel, sinks_of_kernel, sizes = lse, sinks, (0, 0)
+    if count > 1 or (group > 1 and sinks is not None):
+        split = q.new_empty((*q.shape[:2], count, q.shape[2], sum(parts(v.shape[3]))), dtype=torch.float32)
+        lse_of_kernel, sinks_of_kernel = q.new_empty(split.shape[:4], dtype=torch.float32), None
+        sizes = split.numel(), lse_of_kernel.numel()
+        grid, args = combine_arguments(split, lse_of_kernel, out, lse, sinks, group)
+        tensors = tuple(x for x in (split, lse_of_kernel, out, lse, sinks) if x is not None)
+        combine = launch.prepare(combine_kernel, grid, args, tensors, {"num_warps": 4})
+    if mask is not None or formulas.mask:
+        find_ranges, ranges = prepare_ranges(q, k, mask, formulas, tile.block_n)
+    grid, args = launch_arguments(
+        q, k, v, out, lse_of_kernel, scale, *window, bias, mask, softcap, sinks_of_kernel, ranges, seed, dropout_p,
+        formulas, tile=tile, split=split,
+    )  # fmt: skip
+    terms = (*(operand for operand, *_ in args[_OPERANDS]), sinks_of_kernel, seed)
+    tensors = (q, k, v, out, lse_of_kernel, *terms, args[_ORDER], ranges, split)
+    tensors = tuple(x for x in tensors if x is not None)
+    prepared = launch.prepare(forward_kernel, grid, args, tensors, {"num_warps": 4})
+    order = () if args[_ORDER] is None else (args[_ORDER].data_ptr(),)
     shape = () if ranges is None else ranges.shape
-    return _Call(
-        prepared, find_ranges, shape, order, has_terms, q.get_device(), out.shape, out.stride(), lse.shape, lse.stride()
-    )
+    return _Call(prepared, combine, *sizes, find_ranges, shape, order, *settled)
+
+
+def packed(
+    q: Tensor, out: Tensor, bias: Tensor | None, mask: Tensor | None, formulas: Formulas, kv_shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Formulas]:
+    """Views for which the query heads that share keys are the queries of one head, so that keys are read once for all.
+
+    Args:
+        q, out: [B, Hq, 1, D], come back as [B, Hkv, Hq // Hkv, D]; likewise the others, which broadcast to
+            [B, Hq, 1, Sk].
+        kv_shape: [B, Hkv, Sk, D].
+    """
+    shape = (*q.shape[:3], kv_shape[2])
+
+    def rows(x: Tensor) -> Tensor:
+        return x.unflatten(1, (kv_shape[1], -1)).squeeze(3)
+
+    bias = None if bias is None else rows(broadcast("bias", bias, shape))
+    mask = None if mask is None else rows(broadcast("mask", mask, shape))
+    tables = tuple(rows(broadcast("table", x, shape)) for x in formulas.tables)
+    bias_text, mask_text, score_text = map(of_first_query, (formulas.bias, formulas.mask, formulas.score))
+    return rows(q), rows(out), bias, mask, Formulas(bias_text, mask_text, tables, score_text)
 
 
 def prepare_ranges(
@@ -312,13 +363,14 @@ def launch_arguments(
     window_right: int | None = None, bias: Tensor | None = None, mask: Tensor | None = None,
     softcap: float | None = None, sinks: Tensor | None = None, ranges: Tensor | None = None,
     seed: Tensor | None = None, dropout_p: float = 0.0, formulas: Formulas = NO_FORMULAS, *, tile: Tile | None = None,
-    sm_count: int | None = None,
+    sm_count: int | None = None, split: Tensor | None = None,
 ) -> tuple[tuple[int, int, int], tuple]:  # fmt: skip
     """The grid and the arguments of the kernel.
 
     Args:
         ranges: of the mask, for blocks of ROWS rows and the tile's block_n; None has every tile looked at.
         tile, sm_count: in place of the tables' and the device's.
+        split: of `combine_arguments`, where the parts of O go; lse are those of the parts then.
     """
     batch, q_heads, seqlen_q, head_dim = q.shape
     kv_heads, seqlen_k, head_dim_v = v.shape[1:]
@@ -332,12 +384,16 @@ def launch_arguments(
     ctas, m_tiles, order = schedule(
         batch * q_heads, seqlen_q, seqlen_k, left, right, tile.consumers * ROWS, tile.block_n, sm_count, q.device
     )
+    tiles = batch * q_heads * m_tiles
+    if split is not None:
+        tiles *= split.shape[2]
+        ctas, order = min(tiles, sm_count or multiprocessors(q.device)), None
     shared_o = tile.shared_o and parts(head_dim)[: len(parts(head_dim_v))] == parts(head_dim_v)
     return (ctas, 1, 1), (
         *descriptors(q, ROWS, parts(head_dim)), *descriptors(k, tile.block_n, parts(head_dim)),
         *descriptors(v, tile.block_n, parts(head_dim_v)), *descriptors(out, ROWS, parts(head_dim_v)),
-        lse, order, sinks, ranges, operands,
-        batch * q_heads * m_tiles, m_tiles, q_heads, q_heads // kv_heads, seqlen_q, seqlen_k, left or 0, right or 0,
+        lse, order, sinks, ranges, operands, split, 1 if split is None else split.shape[2],
+        tiles, m_tiles, q_heads, q_heads // kv_heads, seqlen_q, seqlen_k, left or 0, right or 0,
         scale * _LOG2E, seed, threshold(dropout_p), keep_scale(dropout_p),
         left is not None, right is not None, *score_functions,
         tile.consumers, STAGES, tile.ping_pong, tile.overlap, shared_o, tile.consumer_regs, tile.producer_regs,

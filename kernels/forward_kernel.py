@@ -49,7 +49,7 @@ def _sync(barrier, THREADS: gl.constexpr):
 @gluon.jit
 def _steps(work):
     """How many tiles this CTA has."""
-    order_ptr, tiles, m_tiles, q_heads, group = work
+    order_ptr, tiles = work[:2]
     if order_ptr is None:
         steps = (tiles - 1 - gl.program_id(0)) // gl.num_programs(0) + 1
     else:
@@ -69,6 +69,16 @@ def _number(step, work):
 
 
 @gluon.jit
+def _place(number, work):
+    """Of a tile its number among the heads' row tiles, and which part of the keys it has: all of them are part 0."""
+    part_ptr, parts = work[5:]
+    if part_ptr is None:
+        return number, 0
+    else:
+        return number // parts, number % parts
+
+
+@gluon.jit
 def _window_range(row0, window, COUNT: gl.constexpr, BLOCK_N: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
     """The KV tiles first ... stop - 1 that rows row0 ... row0 + COUNT - 1 see; one, whatever it holds, if none."""
     seqlen_q, seqlen_k, left, right = window
@@ -84,13 +94,16 @@ def _window_range(row0, window, COUNT: gl.constexpr, BLOCK_N: gl.constexpr, LEFT
 
 @gluon.jit
 def _kv_range(
-    place, window, ranges, WG: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, LEFT: gl.constexpr,
-    RIGHT: gl.constexpr,
+    place, part, work, window, ranges, WG: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """The KV tiles of consumer WG, whose rows begin at place[2], and those that any consumer has.
+    """The KV tiles of consumer WG, whose rows begin at place[2], those that any consumer has, and the end of the keys.
 
-    Both are ranges; a consumer whose rows see nothing has the first of the others' tiles.
+    The first two are ranges; a consumer whose rows see nothing has the first of the others' tiles. If the keys are
+    split, they are those of a part. A part without keys has one tile, and the keys end at 0.
     """
+    seqlen_k = window[1]
+    part_ptr, parts = work[5:]
     batch, head, row0 = place
     tile_row = row0 - WG * ROWS
     if ranges is None:
@@ -125,7 +138,19 @@ def _kv_range(
         if stop == 0:
             first = tile_first
             stop = tile_first + 1
-    return first, stop, tile_first, tile_stop
+    if part_ptr is not None:
+        count = tile_stop - tile_first
+        part_first = tile_first + count * part // parts
+        part_stop = tile_first + count * (part + 1) // parts
+        seqlen_k = gl.where(part_first == part_stop, 0, seqlen_k)
+        tile_first = gl.minimum(part_first, tile_stop - 1)
+        tile_stop = gl.maximum(part_stop, tile_first + 1)
+        first = gl.maximum(first, tile_first)
+        stop = gl.minimum(stop, tile_stop)
+        if first >= stop:
+            first = tile_first
+            stop = tile_first + 1
+    return first, stop, tile_first, tile_stop, seqlen_k
 
 
 @gluon.jit
@@ -189,20 +214,23 @@ def _produce(
 ):  # fmt: skip
     """The producer warp. Values lag keys by one tile, as their use does."""
     q_descs, k_descs, v_descs, q_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full, work, window, ranges = args
-    order_ptr, tiles, m_tiles, q_heads, group = work
+    m_tiles, q_heads, group = work[2:5]
     THREADS: gl.constexpr = 128 * CONSUMERS + 32
     it = 0
     steps = _steps(work)
     number = _number(0, work)
     for step in range(steps):
-        m_tile = number % m_tiles
-        flat = number // m_tiles
+        row_tile, part = _place(number, work)
+        m_tile = row_tile % m_tiles
+        flat = row_tile // m_tiles
         number = _number(gl.minimum(step + 1, steps - 1), work)  # of the next one, in time
         batch = flat // q_heads
         head = flat % q_heads
         kv_head = head // group
         place = (batch, head, m_tile * (CONSUMERS * ROWS))
-        _, _, first, stop = _kv_range(place, window, ranges, 0, CONSUMERS, BLOCK_N, LEFT, RIGHT)
+        _, _, first, stop, _ = _kv_range(
+            place, part, work, window, ranges, 0, CONSUMERS, BLOCK_N, LEFT, RIGHT
+        )  # fmt: skip
         row = (stop - 1) * BLOCK_N
         _load_kv(k_descs, batch, kv_head, row, it, k_full, k_smem, K_EMPTY, THREADS, STAGES)
         for wg in gl.static_range(CONSUMERS):
@@ -454,6 +482,27 @@ def _store(descs, o, smem, slot, batch, head, row):
 
 
 @gluon.jit
+def _store_part(ptr, o, row, row0, column0, seqlen_q, WIDTH: gl.constexpr):
+    """Stores one part of O's head_dim in float32, among rows of WIDTH of which the head's first is number `row`."""
+    layout: gl.constexpr = o.type.layout
+    rows = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    columns = column0 + gl.arange(0, o.shape[1], gl.SliceLayout(0, layout))
+    gl.store(ptr + (row + rows)[:, None] * WIDTH + columns[None, :], o, mask=(rows < seqlen_q)[:, None])
+
+
+@gluon.jit
+def _store_parts(ptr, o, flat, row0, seqlen_q):
+    row = flat.to(gl.int64) * seqlen_q
+    DV: gl.constexpr = o[0].shape[1]
+    if len(o) == 1:
+        _store_part(ptr, o[0], row, row0, 0, seqlen_q, DV)
+    else:
+        WIDTH: gl.constexpr = DV + o[1].shape[1]
+        _store_part(ptr, o[0], row, row0, 0, seqlen_q, WIDTH)
+        _store_part(ptr, o[1], row, row0, DV, seqlen_q, WIDTH)
+
+
+@gluon.jit
 def _consume(
     args, WG: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr, SHARED_O: gl.constexpr,
@@ -463,7 +512,7 @@ def _consume(
     """Consumer warp group number WG: its ROWS rows of every tile."""
     o_descs, lse_ptr, sinks_ptr, operands, q_smem, o_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full = args[:12]
     work, window, ranges, scale, seed_ptr, threshold, keep_scale = args[12:]
-    order_ptr, tiles, m_tiles, q_heads, group = work
+    m_tiles, q_heads, group, part_ptr, parts = work[2:]
     seqlen_q, seqlen_k, left, right = window
     DV: gl.constexpr = o_descs[0].block_type.shape[3]
     dtype: gl.constexpr = o_descs[0].dtype
@@ -480,8 +529,9 @@ def _consume(
     steps = _steps(work)
     number = _number(0, work)
     for step in range(steps):
-        m_tile = number % m_tiles
-        flat = number // m_tiles
+        row_tile, part = _place(number, work)
+        m_tile = row_tile % m_tiles
+        flat = row_tile // m_tiles
         number = _number(gl.minimum(step + 1, steps - 1), work)  # of the next one, in time
         batch = flat // q_heads
         head = flat % q_heads
@@ -491,7 +541,9 @@ def _consume(
         if DROPOUT:
             key, salt = key_of_head(seed_ptr, flat)
             random = (key, salt, threshold)
-        first, stop, tile_first, tile_stop = _kv_range(place, window, ranges, WG, CONSUMERS, BLOCK_N, LEFT, RIGHT)
+        first, stop, tile_first, tile_stop, keys = _kv_range(
+            place, part, work, window, ranges, WG, CONSUMERS, BLOCK_N, LEFT, RIGHT
+        )
         it = _skip(it, tile_stop - stop, k_full, v_full, WG, CONSUMERS, STAGES, PING_PONG)
 
         # The last KV tile, alone: no weights to multiply by V yet. It is the only one that can reach past the end of K.
@@ -505,12 +557,12 @@ def _consume(
         if PING_PONG:
             _arrive(TURN + (WG + 1) % CONSUMERS, 256)
         if APPLY is not None:
-            terms = _load_terms(LOAD, operands, place, column0, window, s_layout, True)
+            terms = _load_terms(LOAD, operands, place, column0, (seqlen_q, keys), s_layout, True)
         s = warpgroup_mma_wait(0, [s])
         _arrive(K_EMPTY + slot, THREADS)
         if APPLY is not None:
             s = APPLY(s, scale, terms)
-        s = _mask_tile(s, row0, column0, window, LEFT, RIGHT, s_layout)
+        s = _mask_tile(s, row0, column0, (seqlen_q, keys, left, right), LEFT, RIGHT, s_layout)
         m_i = gl.full([ROWS], float("-inf"), gl.float32, rows_layout)
         weights, m_i, alpha = _softmax(s, m_i, 1.0 if SCALED else scale)
         l_i = _row_sums(weights)
@@ -561,13 +613,15 @@ def _consume(
                 WG, CONSUMERS, STAGES, PING_PONG, OVERLAP, True, LEFT, RIGHT, LOAD, APPLY, SCALED, DROPOUT,
                 s_layout, p_layout,
             )  # fmt: skip
-        if not SHARED_O:
+        if part_ptr is not None or not SHARED_O:
             mbarrier.arrive(q_empty.index(WG), count=1)
 
         v_slot = (it - 1) % STAGES
         mbarrier.wait(v_full.index(v_slot), ((it - 1) // STAGES) & 1)
         p = _unpack(packed, dtype, p_layout)
         o = _accumulate(p, _at(v_smem, v_slot), o)
+        if part_ptr is not None:
+            flat = flat * parts + part
         factor = _finish_rows(
             l_i, m_i * (1.0 if SCALED else scale), sinks_ptr, lse_ptr, head, flat, row0, seqlen_q, SINKS, rows_layout
         )
@@ -577,7 +631,9 @@ def _consume(
         if DROPOUT:
             factor = factor * keep_scale
         o = _rescale_parts(o, factor)
-        if SHARED_O:
+        if part_ptr is not None:
+            _store_parts(part_ptr, o, flat, row0, seqlen_q)
+        elif SHARED_O:
             _store(o_descs, o, q_smem, WG, batch, head, row0)
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(WG), count=1)
@@ -615,18 +671,24 @@ def _parts(first, second):
 
 
 @gluon.jit(
-    do_not_specialize=["tiles", "m_tiles", "q_heads", "group", "seqlen_q", "seqlen_k", "left", "right", "threshold"],
+    do_not_specialize=[
+        "parts", "tiles", "m_tiles", "q_heads", "group", "seqlen_q", "seqlen_k", "left", "right", "threshold",
+    ],
     do_not_specialize_on_alignment=["sinks_ptr", "seed_ptr"],
 )  # fmt: skip
 def forward_kernel(
     q_desc, q_desc2, k_desc, k_desc2, v_desc, v_desc2, o_desc, o_desc2, lse_ptr, order_ptr, sinks_ptr, ranges, operands,
-    tiles, m_tiles, q_heads, group, seqlen_q, seqlen_k, left, right, scale, seed_ptr,
-    threshold, keep_scale,
+    part_ptr, parts, tiles, m_tiles, q_heads, group, seqlen_q, seqlen_k, left, right, scale, seed_ptr, threshold,
+    keep_scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
     OPEN_APPLY: gl.constexpr, SCALED: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     PING_PONG: gl.constexpr, OVERLAP: gl.constexpr, SHARED_O: gl.constexpr, CONSUMER_REGS: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
+    """With part_ptr, the keys are split into parts, and each part of O goes there, float32 [B * H, parts, Sq, Dv].
+
+    Dv is that of o_desc's block and o_desc2's; lse is [B * H, parts, Sq] then, and o_desc is not written to.
+    """
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[2]
     q_descs = _parts(q_desc, q_desc2)
     k_descs = _parts(k_desc, k_desc2)
@@ -636,7 +698,7 @@ def forward_kernel(
     k_smem = _ring(k_descs, STAGES)
     v_smem = _ring(v_descs, STAGES)
     o_smem = q_smem
-    if not SHARED_O:
+    if part_ptr is None and not SHARED_O:
         o_smem = _ring(o_descs, CONSUMERS)
     q_full = _barriers(CONSUMERS)
     q_empty = _barriers(CONSUMERS)
@@ -644,7 +706,7 @@ def forward_kernel(
     v_full = _barriers(STAGES)
     fence_async_shared()
 
-    work = (order_ptr, tiles, m_tiles, q_heads, group)
+    work = (order_ptr, tiles, m_tiles, q_heads, group, part_ptr, parts)
     window = (seqlen_q, seqlen_k, left, right)
     produce = (q_descs, k_descs, v_descs, q_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full, work, window, ranges)
     consume = (

@@ -178,7 +178,7 @@ def _consume(
     """Consumer warp group number WG: its ROWS rows of every tile."""
     o_descs, lse_ptr, sinks_ptr, operands, q_smem, o_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full = args[:12]
     work, window, ranges, scale, q_scales, q_by_block, k_scales, v_scales, of_tokens = args[12:]
-    order_ptr, tiles, m_tiles, q_heads, group = work
+    m_tiles, q_heads, group = work[2:5]
     seqlen_q, seqlen_k, left, right = window
     DV: gl.constexpr = o_descs[0].block_type.shape[3]
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 32])
@@ -197,7 +197,9 @@ def _consume(
         head = flat % q_heads
         row0 = (m_tile * CONSUMERS + WG) * ROWS
         place = (batch, head, row0)
-        first, stop, tile_first, tile_stop = _kv_range(place, window, ranges, WG, CONSUMERS, BLOCK_N, LEFT, RIGHT)
+        first, stop, tile_first, tile_stop, _ = _kv_range(
+            place, 0, work, window, ranges, WG, CONSUMERS, BLOCK_N, LEFT, RIGHT
+        )  # fmt: skip
         it = _skip(it, tile_stop - stop, k_full, v_full, WG, CONSUMERS, STAGES, False)
 
         block = gl.minimum(row0, seqlen_q - 1) // ROWS
@@ -301,7 +303,7 @@ def fp8_kernel(
     v_full = _barriers(STAGES)
     fence_async_shared()
 
-    work = (order_ptr, tiles, m_tiles, q_heads, group)
+    work = (order_ptr, tiles, m_tiles, q_heads, group, None, 1)
     window = (seqlen_q, seqlen_k, left, right)
     produce = (q_descs, k_descs, v_descs, q_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full, work, window, ranges)
     consume = (

@@ -75,7 +75,8 @@ def mask_axes(
 ) -> tuple[bool, bool, bool, bool]:  # fmt: skip
     """Along which axes of [B, Hq, Sq, Sk] it varies what a mask of that shape and the formula show."""
     tables = [formulas.tables[n].expand(shape) for n in tables_of(formulas.mask)]
-    axes = [any(x.stride(axis) != 0 for x in (*tables, *(() if mask is None else (mask,)))) for axis in range(4)]
+    read = (*tables, *(() if mask is None else (mask,)))
+    axes = [size > 1 and any(x.stride(axis) != 0 for x in read) for axis, size in enumerate(shape)]
     used = names(formulas.mask)
     return axes[0], axes[1], axes[2] or "q" in used, axes[3] or "k" in used
 
@@ -112,7 +113,7 @@ def ranges_arguments(
         program, operands = program_of(None, None, None, scores, formulas)
         function = shown(program, by_key)
     if not by_row:
-        rows, keys = 1, 2048
+        rows, keys = 1, 2048 if shape[3] <= 8192 else 16384
     else:  # as much at once as is loaded 16 bytes at a time, for the memory to be busy
         is_aligned = strides[3] == 1 and not any(stride % 16 for stride in strides[:3])
         is_aligned = is_aligned and not formulas.mask and not mask.data_ptr() % 16

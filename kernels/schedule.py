@@ -8,6 +8,8 @@ A persistent grid overlaps, and needs its shares to be equal. Dealt out the long
 import heapq
 
 OVERHEAD = 1.5  # of a tile, in KV tiles: what its first scores and its last product cost while nothing overlaps them
+COMBINING = 3  # KV tiles that putting the parts together takes as long as
+MAX_PARTS = 128  # of the keys
 MAX_SHARE = 64  # tiles of a CTA beyond which several are dealt out at once, to bound the time that this takes
 
 
@@ -40,3 +42,18 @@ def longest_first(lengths: list[int], heads: int, section: int, ctas: int) -> li
     rounds = max(map(len, shares))
     padded = [[len(share), *share, *[0] * (rounds - len(share))] for share in shares]
     return [share[step] for step in range(rounds + 1) for share in padded]
+
+
+def parts_of_keys(lengths: list[int], heads: int, sms: int) -> int:
+    """Into how many parts the keys of each row tile are split, for few row tiles to keep all SMs busy.
+
+    Args:
+        lengths: KV tiles of each row tile; every head has the same.
+        heads: counted over all batches.
+    """
+
+    def time(parts: int) -> float:
+        rounds = -(-len(lengths) * heads * parts // sms)
+        return rounds * (-(-max(lengths) // parts) + OVERHEAD) + (COMBINING if parts > 1 else 0)
+
+    return min(range(1, min(max(lengths), MAX_PARTS) + 1), key=time)

@@ -194,6 +194,7 @@ def test_quantize_is_for_inference_in_16_bits():
     for args, why in (
         ([x.requires_grad_() for x in torch.randn(3, B, H, S, D).bfloat16().unbind()], "it has no gradient"),
         (list(torch.randn(3, B, H, S, D).unbind()), "float32 is not rounded to 8 bits"),
+        ([torch.randn(B, H, n, D).bfloat16() for n in (1, S, S)], "takes longer than one query's attention"),
     ):
         with config.patch(fp8="quantize"):
             compiled, report = fuse(written_out)

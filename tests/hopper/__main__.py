@@ -65,6 +65,16 @@ def main() -> None:
                 attention_fp8(*eighths, one, one, one, bias, mask, sinks=sinks, **options)
         torch.cuda.synchronize()
         print(head_dim, head_dim_v, *options, flush=True)
+    some = torch.arange(3000, device="cuda") < torch.tensor([200, 2500], device="cuda").view(BATCH, 1, 1, 1)
+    for head_dim, head_dim_v, options in (
+        (128, 128, {}),
+        (72, 40, dict(sinks=rand(Q_HEADS))),
+        (256, 256, dict(mask=some)),
+    ):
+        q, k, v = rand(BATCH, Q_HEADS, 1, head_dim), *(rand(BATCH, KV_HEADS, 3000, d) for d in (head_dim, head_dim_v))
+        attention_forward(q, k, v, scale=0.1, **options)
+        torch.cuda.synchronize()
+        print("one query", head_dim, head_dim_v, *options, flush=True)
 
 
 if __name__ == "__main__":

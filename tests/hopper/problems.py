@@ -107,20 +107,26 @@ HEAD_DIMS = [8, 16, 40, 64, 64, 72, 96, 128, 128, 160, 192, 256]
 SIZES = range(int(os.environ.get("FA3_INDUCTOR_SIZES", "1")))
 
 
-def drawn_sizes(seed, again):
+def drawn_sizes(seed, again, few=False):
     """b, (hq, hkv), sq, sk, the right edge of a window, and where numbers come from that nothing is compiled for."""
     size = random.Random(f"{seed} {again}")
     torch.manual_seed(seed + 1_000_003 * again)
     b, heads = size.choice([1, 2, 3]), size.choice([(1, 1), (3, 3), (8, 2), (5, 1)])
     sq = size.choice(LENGTHS)
     sk = sq if size.random() < 0.3 else size.choice(LENGTHS)
+    if few:
+        heads, sq = size.choice([(4, 4), (8, 2), (5, 1), (32, 8), (150, 1)]), size.choice([1, 1, 1, 1, 3, 64, 65, 200])
+        sk = size.choice([*LENGTHS, 300, 600, 2000, 9000, 20000])
     return b, heads, sq, sk, size.randint(-sq - 1, sk + 1)
 
 
-def drawn(seed, again):
-    """A random problem: q, k, v and the options of attention_forward. `again` draws other sizes of it."""
+def drawn(seed, again, few=False):
+    """A random problem: q, k, v and the options of attention_forward. `again` draws other sizes of it.
+
+    Few queries are mostly one, and then of several heads with the same keys.
+    """
     pick = random.Random(seed)
-    b, (hq, hkv), sq, sk, edge = drawn_sizes(seed, again)
+    b, (hq, hkv), sq, sk, edge = drawn_sizes(seed, again, few)
     d, dtype = pick.choice(HEAD_DIMS), pick.choice([torch.bfloat16, torch.float16])
     dv = pick.choice([d, d, pick.choice(HEAD_DIMS)])
     q = make(pick.choice(LAYOUTS), b, hq, sq, d, dtype)

@@ -140,3 +140,29 @@ def test_other_lengths_without_recompiling_each():
             )
     assert len(fa3_inductor.reports().graphs) <= 2
     assert all((s.mask, s.target) == ("causal", "hopper") for s in fa3_inductor.reports().sites)
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_decoding(implementation, kind):
+    """A prompt, and then token by token, on a cache of a fixed size and on one that grows."""
+    torch.manual_seed(torch.seed())
+    exact = llama(implementation).cuda().double().eval()
+    model = copy.deepcopy(exact).bfloat16()
+    exact.load_state_dict(model.state_dict())
+    ids = torch.randint(0, 128, (2, SEQLEN + 6), device="cuda")
+
+    def decoded(run):
+        caches = transformers.StaticCache, transformers.DynamicCache
+        cache = caches[0](config=model.config, max_cache_len=1024) if kind == "static" else caches[1]()
+        steps = [ids[:, :SEQLEN], *ids[:, SEQLEN:].split(1, dim=1)]
+        return torch.cat([run(input_ids=step, past_key_values=cache).logits[:, -1] for step in steps])
+
+    fa3_inductor.clear_reports()
+    with torch.no_grad():
+        truth = exact(input_ids=ids, use_cache=False).logits[:, SEQLEN - 1 :].transpose(0, 1).flatten(0, 1)
+        eager, ours = decoded(model), decoded(torch.compile(model, backend="fa3_inductor"))
+    assert error(ours, truth) <= 1.5 * error(eager, truth) + 1e-3
+    sites = fa3_inductor.reports().sites
+    assert all((s.status, s.target) == ("fused", "hopper") for s in sites), fa3_inductor.reports()
+    assert {s.q_shape[2] == 1 for s in sites} == {False, True}

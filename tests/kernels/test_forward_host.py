@@ -10,6 +10,8 @@ from tests.gluon import as_python
 pytest.importorskip("triton")
 
 from fa3_inductor.kernels import forward, forward_kernel, offline, schedule  # noqa: E402
+from fa3_inductor.kernels.formulas import Formulas  # noqa: E402
+from fa3_inductor.kernels.reference import attention_reference  # noqa: E402
 
 
 @pytest.mark.parametrize("left", [None, -5, 0, 3, 100, 1000], ids=str)
@@ -46,7 +48,7 @@ def test_consumers_count_no_more_tiles_than_the_producer_brings(head_dim, seqlen
         k = torch.empty(1, 2, seqlen_k, head_dim, device="meta", dtype=torch.bfloat16)
         lse = torch.empty(1, 2, seqlen_q, device="meta")
         _, args = forward.launch_arguments(q, k, k, q, lse, 1.0, window_left, window_right, sm_count=132)
-        window, (has_left, has_right) = args[17:21], args[25:27]
+        window, (has_left, has_right) = args[19:23], args[27:29]
         assert window[:2] == (seqlen_q, seqlen_k)
         tile = forward.tile_for(head_dim, head_dim, has_left or has_right, seqlen_q)
         rows = 64 * tile.consumers
@@ -213,3 +215,41 @@ def test_copies_only_what_tma_cannot_address(name):
     assert (got is x) == addressable
     assert got.shape == x.shape and got.stride(3) == 1 and got.data_ptr() % 16 == 0
     forward.descriptors(got, 64, forward.parts(got.shape[3]))  # asserts what TMA asks for
+
+
+@pytest.mark.parametrize("heads", [1, 3, 8, 40, 132, 1000])
+@pytest.mark.parametrize("lengths", [[1], [2], [9], [512], [4000], [3] * 7, list(range(1, 9))], ids=str)
+def test_keys_are_split_where_sms_would_idle(lengths, heads):
+    parts = schedule.parts_of_keys(lengths, heads, 132)
+    tiles = heads * len(lengths)
+    assert 1 <= parts <= min(max(lengths), schedule.MAX_PARTS)
+    if tiles >= 132:
+        assert parts == 1 or tiles % 132
+    if tiles == 1 and max(lengths) >= 512:
+        assert parts > 50
+    if max(lengths) <= 3:
+        assert parts == 1
+
+
+@pytest.mark.parametrize("q_heads, kv_heads", [(8, 2), (5, 1)])
+@pytest.mark.parametrize("axes", ["", "b", "h", "k", "bh", "hk", "bhk"])
+def test_heads_that_share_keys_as_rows(q_heads, kv_heads, axes):
+    """The packed problem is the same one, terms included, in the same memory."""
+    batch, seqlen_k = 2, 50
+    sizes = dict(b=batch, h=q_heads, q=1, k=seqlen_k)
+    shape = [size if axis in axes else 1 for axis, size in sizes.items()]
+    q = torch.randn(batch, 1, q_heads, 16, dtype=torch.float64).transpose(1, 2)
+    k, v = (torch.randn(batch, kv_heads, seqlen_k, 16, dtype=torch.float64) for _ in "kv")
+    bias, mask = torch.randn(shape, dtype=torch.float64), torch.rand(shape) > 0.3
+    tables = torch.randn(shape), torch.randint(0, 60, [*shape[:3], 1])
+    formulas = Formulas("real(t0) * (real(k) - real(q))", "(k <= t1) & (q == 0)", tables, "tanh(s + real(q))")
+    wanted, wanted_lse = attention_reference(q, k, v, bias, mask, scale=0.3, formulas=formulas)
+    out = torch.empty_like(q)
+    rows, out_rows, bias, mask, formulas = forward.packed(q, out, bias, mask, formulas, k.shape)
+    assert rows.shape == (batch, kv_heads, q_heads // kv_heads, 16)
+    assert rows.data_ptr() == q.data_ptr() and out_rows.data_ptr() == out.data_ptr()
+    got, lse = attention_reference(rows, k, v, bias, mask.bool(), scale=0.3, formulas=formulas)
+    torch.testing.assert_close(got, wanted.reshape(got.shape))
+    torch.testing.assert_close(lse, wanted_lse.reshape(lse.shape))
+    out_rows.copy_(got)
+    torch.testing.assert_close(out, wanted)
