@@ -293,7 +293,7 @@ def _prepare(
     # (With few rows there is but one consumer, and nobody to take turns with.)
     tile = tile_for(q.shape[3], v.shape[3], window != (None, None), q.shape[2], in_scores or q.shape[2] <= ROWS)
     lengths = kv_tiles(q.shape[2], k.shape[2], *window, tile.consumers * ROWS, tile.block_n)
-    count = parts_of_keys(lengths, q.shape[0] * q.shape[1], multiprocessors(q.device))
+    count = parts_of_keys(lengths, q.shape[0] * q.shape[1], q.shape[2], multiprocessors(q.device))
     split = combine = find_ranges = ranges = None
     lse_of_kernel, sinks_of_kernel, sizes = lse, sinks, (0, 0)
     if count > 1 or (group > 1 and sinks is not None):

@@ -220,7 +220,7 @@ def test_copies_only_what_tma_cannot_address(name):
 @pytest.mark.parametrize("heads", [1, 3, 8, 40, 132, 1000])
 @pytest.mark.parametrize("lengths", [[1], [2], [9], [512], [4000], [3] * 7, list(range(1, 9))], ids=str)
 def test_keys_are_split_where_sms_would_idle(lengths, heads):
-    parts = schedule.parts_of_keys(lengths, heads, 132)
+    parts = schedule.parts_of_keys(lengths, heads, len(lengths), 132)
     tiles = heads * len(lengths)
     assert 1 <= parts <= min(max(lengths), schedule.MAX_PARTS)
     if tiles >= 132:
@@ -229,6 +229,7 @@ def test_keys_are_split_where_sms_would_idle(lengths, heads):
         assert parts > 50
     if max(lengths) <= 3:
         assert parts == 1
+    assert schedule.parts_of_keys(lengths, heads, 100_000, 132) == 1 or max(lengths) > 370
 
 
 @pytest.mark.parametrize("q_heads, kv_heads", [(8, 2), (5, 1)])
