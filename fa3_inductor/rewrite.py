@@ -31,6 +31,7 @@ _numbers = itertools.count()
 _ANCHORS = {
     "softmax",
     "special_softmax",
+    "softmin",
     "_softmax",
     "_safe_softmax",
     "scaled_dot_product_attention",
@@ -38,7 +39,8 @@ _ANCHORS = {
     *(f.__name__ for f in EXPANSIONS),
 }
 
-# Two of these around an exponential may be an attention whose softmax is written out.
+# Two products around an exponential may be an attention whose softmax is written out.
+_EXPONENTIALS = ("exp", "exp_", "exp2", "exp2_", "special_exp2")
 _PRODUCTS = ("matmul", "__matmul__", "linalg_matmul", "bmm", "baddbmm", "einsum")
 
 
@@ -68,7 +70,7 @@ def rewrite_graph(gm: GraphModule) -> GraphReport:
 def has_anchor(gm: GraphModule) -> bool:
     """Whether a graph could hold an attention at all; costs microseconds a node."""
     names = collections.Counter(map(_target_name, gm.graph.nodes))
-    is_written_out = names["exp"] + names["exp_"] > 0 and sum(names[name] for name in _PRODUCTS) > 1
+    is_written_out = any(names[name] for name in _EXPONENTIALS) and sum(names[name] for name in _PRODUCTS) > 1
     return is_written_out or not _ANCHORS.isdisjoint(names)
 
 

@@ -20,6 +20,7 @@ from .masks import FULL, Axes, Mask, describe, no_row_is_empty
 from .operands import Roles, choose_operands, key_operand, peel, side_operand
 from .products import as_product, is_product
 from .reasons import Reason
+from .respelled import respell
 from .scores import Added, Factor, Function, Hidden, NotScores, Scores, read_scores, visible_where
 from .spec import AttentionSpec, Empty, Rejected, Term, TermKind, Weighing, Weighs
 from .terms import empty_beside_sink, hides_by_infinity, read_sink, read_terms
@@ -44,6 +45,7 @@ class Found:
 
 def find_attention(graph: Graph, algebra: Algebra) -> Iterator[Found]:
     """Every attention in a captured graph, in graph order. A softmax that is no attention is passed over."""
+    respell(graph, functools.partial(_is_zero, algebra))
     sum_up_assignments(graph, algebra.space)
     put_together(graph)
     for node in list(graph.nodes):
@@ -116,7 +118,7 @@ def _walk_down(algebra: Algebra, softmax: Node) -> _Weights | None:
                     what = "a detach or a hook" if packet(u) is aten.detach else str(u.target)
                     raise Rejected(Reason.WEIGHTS_OP, f"'{u.name}' ({what})")
             return None
-        others += [u for u in users if u is not onward[0] and not _only_decides(u, onward[0])]
+        others += [u for u in users if u is not onward[0]]
         node, previous = onward[0], node
         if is_product(node):
             break
@@ -130,7 +132,7 @@ def _walk_down(algebra: Algebra, softmax: Node) -> _Weights | None:
             if training and p:
                 dropout_p = p
                 words.append("dropout")
-        elif packet(node) is aten.nan_to_num or (packet(node) is aten.where and packet(node.args[0]) is aten.isnan):
+        elif packet(node) is aten.nan_to_num:
             words.append("nan_to_num")
     operands = _product_operands(node)
     if others:
@@ -141,11 +143,6 @@ def _walk_down(algebra: Algebra, softmax: Node) -> _Weights | None:
     if sum(x is previous for x in operands) != 1:
         raise Rejected(Reason.LAYOUT, f"'{node.name}' multiplies the weights with themselves")
     return _Weights(node, list(operands).index(previous), tuple(nodes), dropout_p, tuple(words))
-
-
-def _only_decides(user: Node, where: Node) -> bool:
-    """Whether a user of the weights is where they are NaN, or zeros, for a ``where`` that they are passed to."""
-    return packet(user) in (aten.isnan, aten.zeros_like) and packet(where) is aten.where and users_of(user) == [where]
 
 
 def _product_operands(node: Node) -> tuple[Node, ...]:
@@ -294,7 +291,7 @@ class _Reading:
             found = _zeroing(self.algebra, node) if packet(node) in (aten.masked_fill, aten.where) else None
             if packet(node) in _WEIGHING and tensor(node).shape != tensor(source).shape:
                 raise Rejected(Reason.WEIGHTS_OP, f"'{node.name}' ({node.target})")
-            if found is not None and packet(found[0]) is not aten.isnan:
+            if found is not None:
                 zeroed.append(_Zeroed(found[0], broadcast_index(at, shape_exprs(tensor(found[0]))), found[1]))
             elif packet(node) in (aten.mul, aten.div):
                 other = node.args[1] if node.args[0] is source else node.args[0]

@@ -375,6 +375,25 @@ def causal_only_by_its_values(q, k, v, hidden):
     return torch.softmax(hide(q, k, hidden), -1) @ v
 
 
+@form("causal")
+def causal_assigned_where_a_mask_is(q, k, v):
+    s = q @ k.mT * 0.25
+    s[:, :, torch.ones(s.shape[-2:], dtype=torch.bool, device=q.device).triu(1)] = INF
+    return torch.softmax(s, -1) @ v
+
+
+@form("causal")
+def causal_assigned_where_an_expanded_mask_is(q, k, v):
+    s = q @ k.mT * 0.25
+    s[torch.ones(s.shape[-2:], dtype=torch.bool, device=q.device).triu(1).expand_as(s)] = torch.finfo(s.dtype).min
+    return torch.softmax(s, -1) @ v
+
+
+@form("causal")
+def causal_by_softmin(q, k, v):
+    return F.softmin(-hide(q, k, torch.ones(S, S, dtype=torch.bool, device=q.device).triu(1)), -1) @ v
+
+
 # ------------------------------------------------------------------------------------------- padding and bias
 
 lengths = lambda: [*qkv(), torch.arange(S)[None] < torch.tensor([[S], [5]])]  # noqa: E731
@@ -411,6 +430,20 @@ def padding_added_infinity_nothing_left(q, k, v, keep):
 def padding_added_bert_nothing_left(q, k, v, keep):
     mask = (1.0 - keep[:, None, None].to(wide(q))) * -10000.0
     return torch.softmax((q @ k.mT * 0.25).to(wide(q)) + mask, -1).to(q.dtype) @ v
+
+
+@form("key padding[b, k]", args=one_empty)
+def padding_assigned_nothing_left(q, k, v, keep):
+    s = q @ k.mT * 0.25
+    s[~keep[:, None, None].expand_as(s)] = INF
+    return torch.softmax(s, -1) @ v
+
+
+@form("key padding[k]", args=lambda: [*qkv(), torch.arange(S) < S - 5])
+def padding_of_all_assigned(q, k, v, keep):
+    s = q @ k.mT * 0.25
+    s[..., ~keep] = INF
+    return torch.softmax(s, -1) @ v
 
 
 @form("causal & key padding[b, k]", args=lengths)
@@ -569,6 +602,28 @@ def zeros_for_nan_by_where(q, k, v):
 
 def key_padding():
     return [*qkv(), torch.arange(S) < torch.tensor([[S], [S - 6]])]
+
+
+@form("causal & key padding[b, k]", args=one_empty)
+def zeros_for_nan_assigned(q, k, v, keep):
+    hidden = ~(keep[:, None, None] & torch.ones(S, S, dtype=torch.bool, device=q.device).tril())
+    weights = hide(q, k, hidden).softmax(-1).clone()
+    weights[weights.isnan()] = 0
+    return weights @ v
+
+
+@form("key padding[b, k]", args=one_empty)
+def zeros_assigned_where_weights_are_not_themselves(q, k, v, keep):
+    weights = hide(q, k, ~keep[:, None, None]).softmax(-1).clone()
+    weights[weights != weights] = 0
+    return weights @ v
+
+
+@form("key padding[b, k]", args=key_padding)
+def weights_assigned_where_hidden(q, k, v, keep):
+    weights = hide(q, k, ~keep[:, None, None], torch.finfo(q.dtype).min).softmax(-1).clone()
+    weights[~keep[:, None, None].expand_as(weights)] = 0
+    return weights @ v
 
 
 @form("key padding[b, k]", args=key_padding)

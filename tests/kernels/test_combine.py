@@ -57,7 +57,7 @@ def main() -> int:
     torch.manual_seed(0)
     failed = 0
     for parts, (group, seqlen), head_dim_v, with_sinks, layout in itertools.product(
-        (1, 2, 3, 16, 17, 60), ((1, 1), (1, 5), (4, 4)), (8, 40, 64), (False, True), ("heads inside", "heads outside")
+        (1, 3, 17, 60), ((1, 1), (1, 5), (4, 4)), (8, 40), (False, True), ("heads inside", "heads outside")
     ):
         for what in wrong(parts, group, seqlen, head_dim_v, with_sinks, layout):
             failed = 1

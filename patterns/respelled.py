@@ -1,0 +1,98 @@
+"""Operations that are others in disguise, written as those.
+
+Works on the captured graph, as `written.py` does and before it:
+
+    x[..., mask] = value, an `index_put`                    becomes    masked_fill(x, mask, value)
+    masked_fill(x, isnan(x), 0), where(isnan(x), 0, x)      become     nan_to_num(x, 0), which leaves infinities alone
+    exp2(x), also of x less its maximum                     becomes    exp(x * log(2))
+    x[:], and x[:] = y, a `slice_scatter`                   become     x, and y
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from .indices import shape_exprs
+from .layouts import argument, packet, rank, tensor
+from .scores import maximum_of
+from .written import become, erase
+
+aten = torch.ops.aten
+
+
+def respell(graph: Graph, is_zero: Callable[[Any], bool]) -> None:
+    """Replace every such operation, in place. `is_zero` tells of an argument whether it is 0 everywhere."""
+    for node in list(graph.nodes):
+        if node._erased:
+            continue
+        if packet(node) in (aten.slice, aten.slice_scatter):
+            _whole(graph, node, node.args[packet(node) is aten.slice_scatter])
+            continue
+        if packet(node) is aten.index_put:
+            _fill(graph, node)
+        if packet(node) is aten.masked_fill and is_zero(node.args[2]):
+            _without_nan(graph, node, node.args[1], node.args[0])
+        elif packet(node) is aten.where and len(node.args) == 3 and is_zero(node.args[1]):
+            _without_nan(graph, node, node.args[0], node.args[2])
+        elif packet(node) is aten.exp2:
+            become(graph, node, aten.exp.default, (_times_log_2(graph, node, node.args[0]),))
+
+
+def _without_nan(graph: Graph, node: Node, condition: Any, x: Any) -> None:
+    if (packet(condition), *getattr(condition, "args", ())) not in ((aten.isnan, x), (aten.ne, x, x)):
+        return
+    ours, theirs = tensor(node), tensor(x)
+    if ours.dtype == theirs.dtype and shape_exprs(ours) == shape_exprs(theirs):
+        become(graph, node, aten.nan_to_num.default, (x, 0.0, math.inf, -math.inf))
+
+
+def _times_log_2(graph: Graph, node: Node, x: Node) -> Node:
+    """x * log(2), of what `node` is the power of 2 of; what is less its maximum remains so."""
+    shifted = packet(x) is aten.sub and len(x.args) == 2 and not x.kwargs
+    maximum = maximum_of(x.args[1], x.args[0]) if shifted else None
+    scaled = _call(graph, node, aten.mul.Tensor, x if maximum is None else x.args[0], math.log(2))
+    if maximum is None:
+        return scaled
+    return _call(
+        graph, node, aten.sub.Tensor, scaled, _call(graph, node, aten.amax.default, scaled, [maximum[1]], True)
+    )
+
+
+def _whole(graph: Graph, node: Node, x: Node) -> None:
+    """Where a slice of x, or one that x is assigned to, is everything."""
+    first = 1 + (packet(node) is aten.slice_scatter)
+    start, end = argument(node, first + 1, "start"), argument(node, first + 2, "end")
+    if start in (None, 0) and end in (None, sys.maxsize) and argument(node, first + 3, "step", 1) == 1:
+        if shape_exprs(tensor(x)) == shape_exprs(tensor(node)) and tensor(x).dtype == tensor(node).dtype:
+            node.replace_all_uses_with(x)
+            erase(graph, node)
+
+
+def _fill(graph: Graph, node: Node) -> None:
+    """Where a condition on some neighbouring axes is the only index and one value is written."""
+    x, indices, value = node.args[:3]
+    masks = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if len(node.args) > 3 or node.kwargs or len(masks) != 1 or set(shape_exprs(tensor(value))) - {1}:
+        return
+    ((dim, mask),) = masks
+    if tensor(mask).dtype != torch.bool or tensor(value).dtype != tensor(x).dtype:
+        return
+    if not rank(mask) or shape_exprs(tensor(mask)) != shape_exprs(tensor(x))[dim : dim + rank(mask)]:
+        return
+    for _ in range(rank(x) - dim - rank(mask)):
+        mask = _call(graph, node, aten.unsqueeze.default, mask, -1)
+    if rank(value):
+        value = _call(graph, node, aten.reshape.default, value, [])
+    become(graph, node, aten.masked_fill.Tensor, (x, mask, value))
+
+
+def _call(graph: Graph, before: Node, target: torch._ops.OpOverload, *args: Any) -> Node:
+    """A new node in front of another."""
+    with graph.inserting_before(before):
+        made = graph.call_function(target, args)
+    made.meta = {**before.meta, "val": target(*torch.fx.map_arg(args, lambda x: x.meta["val"]))}
+    return made
