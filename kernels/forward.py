@@ -290,7 +290,7 @@ def _prepare(
         group = q.shape[1] // k.shape[1]
         q, out, bias, mask, formulas = packed(q, out, bias, mask, formulas, k.shape)
     in_scores = has_terms(bias, mask, None, formulas) or seed is not None  # a soft cap alone needs few registers
-    # (With few rows there is but one consumer, and nobody to take turns with.)
+    # Up to ROWS rows are one consumer's, which has nobody to take turns with.
     tile = tile_for(q.shape[3], v.shape[3], window != (None, None), q.shape[2], in_scores or q.shape[2] <= ROWS)
     lengths = kv_tiles(q.shape[2], k.shape[2], *window, tile.consumers * ROWS, tile.block_n)
     count = parts_of_keys(lengths, q.shape[0] * q.shape[1], q.shape[2], multiprocessors(q.device))

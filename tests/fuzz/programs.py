@@ -466,7 +466,9 @@ WRONG_FILLS = ("-1.0", "0.0", "-50.0", "-999.0", "1e9", "float('nan')", "float('
 def hide(w: Writer, s: str) -> None:
     m = visible(w)
     value = w.pick(*WRONG_FILLS) if w.slip("wrong fill", 10) else fill(w, s)
-    how = w.pick("masked_fill", "where", "added where", "filled", "one less", "in place", "log", "condition", "fill_")
+    how = w.pick(
+        "masked_fill", "where", "added where", "filled", "one less", "in place", "log", "condition", "fill_", "assigned"
+    )  # fmt: skip
     if how == "masked_fill":
         w.set(s, w.pick(f"{s}.masked_fill(~{m}, {value})", f"torch.masked_fill({s}, {m} == 0, {value})"))
     elif how == "where":
@@ -482,6 +484,8 @@ def hide(w: Writer, s: str) -> None:
         w.set(s, w.pick(f"{s} + (1.0 - {m}.to({s}.dtype)) * {value}", f"{s} + (~{m}).to({s}.dtype) * {value}"))
     elif how == "in place":
         w.do(f"{s}.masked_fill_(~{m}, {value})")
+    elif how == "assigned":
+        w.do(f"{s}[(~{m}).expand_as({s})] = {value}")
     elif how == "log":
         w.set(s, f"{s} + {m}.to({s}.dtype).log()")
     elif how == "condition":
@@ -677,7 +681,9 @@ def softmax(w: Writer, s: str, v: str) -> str:
                                        f"torch.relu({s})", f"torch.exp({s})"))  # fmt: skip
     kind = w.pick("softmax", "softmax", "softmax", "wide", "quotient", "logsumexp", "log_softmax", "shown")
     if kind == "softmax":
-        text = w.pick(f"torch.softmax({s}, dim={dim})", f"F.softmax({s}, {dim})", f"{s}.softmax({dim})")
+        text = w.pick(
+            f"torch.softmax({s}, dim={dim})", f"F.softmax({s}, {dim})", f"{s}.softmax({dim})", f"F.softmin(-{s}, {dim})"
+        )  # fmt: skip
     elif kind == "wide":
         text = w.pick(f"F.softmax({s}, dim={dim}, dtype=torch.float32)", f"{s}.float().softmax({dim})")
     elif kind == "logsumexp":
@@ -686,7 +692,7 @@ def softmax(w: Writer, s: str, v: str) -> str:
         text = f"F.log_softmax({s}, dim={dim}).exp()"
     else:
         shift = w.pick(f" - {s}.amax({dim}, keepdim=True)", f" - {s}.amax({dim}, keepdim=True).detach()", "")
-        e = w.let("e", f"torch.exp({s}{shift})")
+        e = w.let("e", f"torch.{w.pick('exp', 'exp', 'exp2')}({s}{shift})")
         if kind == "shown":
             factor = w.hidden_once[-1] if w.hidden_once and w.chance(50) else visible(w)
             w.set(e, w.pick(f"{e} * {factor}", f"{e} * {factor}.to({e}.dtype)"))
@@ -719,6 +725,7 @@ def after_softmax(w: Writer, weights: str, v: str, s: str) -> None:
                 f"torch.nan_to_num({weights})",
                 f"{weights}.nan_to_num(nan=0.0)",
                 f"torch.where(torch.isnan({weights}), torch.zeros_like({weights}), {weights})",
+                f"{weights}.masked_fill({weights} != {weights}, 0)",
                 *((f"{weights}.masked_fill(~{m}, 0.0)",) * 2 if m else ()),
                 *((f"torch.where({m}, {weights}, 0.0)", f"{weights} * {m}.to({weights}.dtype)") if m else ()),
             ),
