@@ -522,7 +522,12 @@ def _as_written(
     raw = view.scores.terms
     if empty is Empty.IMPOSSIBLE:
         return empty
-    match softmax.meta.get(EMPTY_ROWS):
+    written = softmax.meta.get(EMPTY_ROWS)
+    if written is not None and any(t.kind is TermKind.BIAS and t.known and not t.ordinary for t in terms):
+        # Softmax sees such scores; exp of them may be 0 in all of a row.
+        what = "the softmax is written out, and scores are hidden by a number that they are not lost in"
+        raise Rejected(Reason.EMPTY_ROWS, what)
+    match written:
         case Written.BY_INFINITY if empty not in (Empty.NAN, Empty.NAN_SCORES, Empty.NAN_SOME):
             raise Rejected(Reason.EMPTY_ROWS, "the softmax is written out, and hides scores by a number")
         case Written.MULTIPLIED if empty not in (Empty.NAN, Empty.NAN_SCORES, Empty.NAN_SOME):

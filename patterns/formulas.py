@@ -15,7 +15,7 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
-from .algebra import Algebra, Choice, Opaque, Value, is_condition, round_to
+from .algebra import Algebra, Choice, Opaque, Value, is_condition, leaves, round_to
 from .indices import Index, broadcast_index, is_nonnegative, shape_exprs
 from .layouts import NO_GRAD, argument, layout_step, packet, tensor
 from .magnitude import magnitude
@@ -372,6 +372,10 @@ class _Writer:
         dtype = tensor(node).dtype
         if dtype == torch.float64 or dtype.is_complex:
             raise _Inexpressible
+        if self.source is not None and dtype.is_floating_point:
+            # Of a row of nothing but -inf softmax makes NaN, and a kernel, which takes them for hidden keys, zeros.
+            if any(x.is_infinite for x in leaves(self.algebra.value(node, index))):
+                raise _Inexpressible
         try:
             operand = side_operand(self.algebra.space, node, index, self.roles)
         except Rejected:

@@ -254,3 +254,20 @@ def test_a_query_with_every_key_masked(function):
 def qkv_of(seed):
     torch.manual_seed(seed)
     return qkv()
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_infinities_inside_a_function(dynamic):
+    """A query that they leave no key has NaN, and not what a kernel gives it that takes them for hidden keys."""
+
+    def attention(q, k, v, hidden, temperature):
+        scores = torch.einsum("bgrqd,bgkd->bgrqk", q.reshape(B, 2, 2, S, D), k)
+        scores = 5.0 * torch.tanh(scores / 5.0) + torch.zeros(S, S).masked_fill(hidden, -math.inf)
+        return torch.einsum("bgrqk,bgke->bgrqe", (scores * temperature).softmax(-1), v)
+
+    torch._dynamo.reset()
+    q, k, v = torch.randn(B, 4, S, D), torch.randn(B, 2, S, D), torch.randn(B, 2, S, D)
+    args = q, k, v, torch.ones(S, S, dtype=torch.bool).triu(), torch.rand(()) + 0.5  # (the first query sees nothing)
+    compiled = torch.compile(attention, backend="fa3_inductor", dynamic=dynamic, options={"target": "reference"})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*args), attention(*args), equal_nan=True)

@@ -118,6 +118,16 @@ def test_rows_without_keys(way, fill, grads):
         assert site.status == "fused", site.verdict
 
 
+@pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__)
+def test_rows_hidden_by_a_number_that_scores_are_not_lost_in(way):
+    def attention(q, k, v):
+        return way(scores(q, k) + torch.where(padding(q), 0.0, -1e4)) @ v
+
+    (site,) = same_as_eager(attention, qkv(), False, atol=5e-3).sites
+    if site.status == "rejected":
+        assert way in (plain, by_logsumexp) and site.reason.name == "EMPTY_ROWS", site.verdict
+
+
 @TARGETS
 @pytest.mark.parametrize("product", [torch.matmul, lambda a, b: torch.einsum("bhqk,bhkd->bhqd", a, b)])
 def test_normalised_last(product, target):
