@@ -49,7 +49,7 @@ def test_a_good_report_breaks_no_rule():
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        (dict(spill_bytes=132), "132 bytes spilled"),
+        (dict(spill_bytes=164), "164 bytes spilled"),
         (
             dict(early_writes=["MOV R1, R2"]),
             "'MOV R1, R2' writes to an operand of a matrix product in flight (triton-lang/triton#11781)",
