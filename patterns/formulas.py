@@ -15,10 +15,10 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch.fx import Node
 
-from .algebra import Algebra, Choice, Opaque, Value, is_condition, leaves, round_to
+from .algebra import Algebra, Choice, Opaque, Value, is_condition, round_to
 from .indices import Index, broadcast_index, is_nonnegative, shape_exprs
 from .layouts import NO_GRAD, argument, layout_step, packet, tensor
-from .magnitude import magnitude
+from .magnitude import bounds, magnitude
 from .operands import Roles, side_operand
 from .spec import Formula, Operand, Rejected
 
@@ -282,6 +282,8 @@ class _Writer:
         if step is not None:
             return self.read(*step)
         kind = packet(node)
+        if self._is_of_source(node) and kind not in (aten.mul, aten.div) and not self._is_finite_beside_scores(node):
+            raise _Inexpressible
         if kind in _CASTS:
             return self._cast(node, index)
         if kind in (aten.where, aten.masked_fill) and len(node.args) == 3:
@@ -332,6 +334,14 @@ class _Writer:
             raise _Inexpressible
         return _Text("real", _OF_ONE_REAL[kind].format(x=_argument(operands[0], _OF_ONE_REAL[kind])), False)
 
+    def _is_finite_beside_scores(self, node: Node) -> bool:
+        """Whether what is added to the scores, or takes their place, is known to be finite.
+
+        Of a row of nothing but -inf softmax makes NaN; a kernel takes them for hidden keys, and makes zeros.
+        """
+        tensors = [x for x in node.all_input_nodes if isinstance(x.meta.get("val"), torch.Tensor)]
+        return all(self._is_of_source(x) or bounds(x) is not None for x in tensors)
+
     def _with_numbers(self, node: Node, index: Index) -> _Text:
         """A function of one real and numbers. One of None is none at all."""
         names, template = _WITH_NUMBERS[packet(node)]
@@ -372,10 +382,6 @@ class _Writer:
         dtype = tensor(node).dtype
         if dtype == torch.float64 or dtype.is_complex:
             raise _Inexpressible
-        if self.source is not None and dtype.is_floating_point:
-            # Of a row of nothing but -inf softmax makes NaN, and a kernel, which takes them for hidden keys, zeros.
-            if any(x.is_infinite for x in leaves(self.algebra.value(node, index))):
-                raise _Inexpressible
         try:
             operand = side_operand(self.algebra.space, node, index, self.roles)
         except Rejected:

@@ -256,18 +256,30 @@ def qkv_of(seed):
     return qkv()
 
 
+INFINITE = {
+    "filled": lambda s, hidden, floats: s + torch.zeros(S, S).masked_fill(hidden, -math.inf),
+    "log": lambda s, hidden, floats: s + (~hidden).float().log(),
+    "over zero": lambda s, hidden, floats: s - hidden.float() / 0.0,
+    "given": lambda s, hidden, floats: s + floats,
+    "given for keys": lambda s, hidden, floats: s + floats[0],
+    "written over": lambda s, hidden, floats: torch.where(hidden[0], floats[0], s),
+}
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_infinities_inside_a_function(dynamic):
+@pytest.mark.parametrize("how", INFINITE)
+def test_infinities_inside_a_function(how, dynamic):
     """A query that they leave no key has NaN, and not what a kernel gives it that takes them for hidden keys."""
 
-    def attention(q, k, v, hidden, temperature):
+    def attention(q, k, v, hidden, floats, temperature):
         scores = torch.einsum("bgrqd,bgkd->bgrqk", q.reshape(B, 2, 2, S, D), k)
-        scores = 5.0 * torch.tanh(scores / 5.0) + torch.zeros(S, S).masked_fill(hidden, -math.inf)
+        scores = INFINITE[how](5.0 * torch.tanh(scores / 5.0), hidden, floats)
         return torch.einsum("bgrqk,bgke->bgrqe", (scores * temperature).softmax(-1), v)
 
     torch._dynamo.reset()
     q, k, v = torch.randn(B, 4, S, D), torch.randn(B, 2, S, D), torch.randn(B, 2, S, D)
-    args = q, k, v, torch.ones(S, S, dtype=torch.bool).triu(), torch.rand(()) + 0.5  # (the first query sees nothing)
+    hidden = torch.ones(S, S, dtype=torch.bool).triu()  # (the first query sees nothing)
+    args = q, k, v, hidden, torch.zeros(S, S).masked_fill(hidden, -math.inf), torch.rand(()) + 0.5
     compiled = torch.compile(attention, backend="fa3_inductor", dynamic=dynamic, options={"target": "reference"})
     with torch.no_grad():
         torch.testing.assert_close(compiled(*args), attention(*args), equal_nan=True)
