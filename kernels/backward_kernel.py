@@ -496,14 +496,14 @@ def _work_on(
     batch, kv_head, tile_key0 = _place(_opaque(number), work, KEYS)  # worked out again, for the registers
     key0 = tile_key0 + WG * ROWS
     tma.store_wait(0)
-    dk_smem = reinterpret(dq_smem.index(WG), dk_desc)
+    dk_smem = reinterpret(dq_smem.index(WG), dk_desc.dtype, dk_desc.block_type.shape, dk_desc.layout)
     dk_smem.reshape([ROWS, D]).store((dk * grad_scale).to(dtype))
     fence_async_shared()
     tma_store(dk_desc, [batch, kv_head, key0, 0], dk_smem)
     _sync(FINISHED, 256)
     if DROPOUT:
         dv = dv * keep_scale
-    dv_smem = reinterpret(ds_smem[WG], dv_desc)
+    dv_smem = reinterpret(ds_smem[WG], dv_desc.dtype, dv_desc.block_type.shape, dv_desc.layout)
     dv_smem.reshape([ROWS, DV]).store(dv.to(dtype))
     fence_async_shared()
     tma_store(dv_desc, [batch, kv_head, key0, 0], dv_smem)

@@ -2,7 +2,7 @@
 
 import triton
 from triton._C.libtriton import ir
-from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language._core import _unwrap_if_constexpr, builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -23,7 +23,7 @@ else:
 
 
 @builtin
-def reinterpret(smem, tensor_desc, _semantic=None):
-    """Shared memory as room for a block of a tensor descriptor. (A method of it, named `_reinterpret` before 3.8.)"""
-    block = tensor_desc.block_type
-    return _semantic.memdesc_reinterpret(smem, tensor_desc.dtype, list(block.shape), tensor_desc.layout)
+def reinterpret(smem, dtype, shape, layout, _semantic=None):
+    """Shared memory as another tensor's. (A method of it, named `_reinterpret` before 3.8.)"""
+    dtype, shape, layout = (_unwrap_if_constexpr(x) for x in (dtype, shape, layout))
+    return _semantic.memdesc_reinterpret(smem, dtype, [_unwrap_if_constexpr(size) for size in shape], layout)

@@ -46,6 +46,7 @@ _CAPTURE_MODE_RELAXED = 2  # CUstreamCaptureMode
 _STREAM_NON_BLOCKING = 1  # CUstream_flags
 _PREFER_SHARED = 1  # CUfunc_cache
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
+_REQUIRED_CLUSTER_WIDTH, _HEIGHT, _DEPTH = 11, 12, 13  # CUfunction_attribute
 _INTERLEAVE_NONE = 0  # CUtensorMapInterleave
 _L2_PROMOTION_128B = 2  # CUtensorMapL2promotion
 _TFLOAT32 = 11  # CUtensorMapDataType
@@ -367,13 +368,15 @@ def _encode(driver: Driver, where: int, tensor_map: Map, address: int) -> None:
 
 
 def prepare(
-    kernel, grid: tuple[int, int, int], args: tuple, tensors: tuple[torch.Tensor, ...], options: dict
+    kernel, grid: tuple[int, int, int], args: tuple, tensors: tuple[torch.Tensor, ...], options: dict, cluster: int = 1
 ) -> Launch:
     """Compiles `kernel`, a @gluon.jit function, for the current device, as `kernel[grid](*args, **options)` would.
 
     Args:
         args: all of the kernel's arguments. A `Launch` passes these, but for the addresses.
         tensors: each of the tensors among the arguments and the bases of descriptors once.
+        cluster: how many neighbours of the grid's first axis are a cluster, of which triton knows nothing. It is the
+            same for every launch of one kernel.
 
     Raises:
         RuntimeError: if there is no CUDA driver, or with its name for what is wrong, or if this version of triton
@@ -392,7 +395,7 @@ def prepare(
     parameters = layout(compiled.src.signature, args, descriptors, tensors)
     driver, device = _driver(), torch.cuda.current_device()
     driver.ensure_context(device)
-    function = _load(driver, compiled, device, [parameter.size for parameter in parameters])
+    function = _load(driver, compiled, device, [parameter.size for parameter in parameters], cluster)
     addresses = [tensor.data_ptr() for tensor in tensors]
     # num_warps is what the compiler made of the option: with the warps of warp-specialised partitions.
     return Launch(driver, device, function, grid, 32 * metadata.num_warps, metadata.shared, parameters, addresses)
@@ -402,7 +405,7 @@ _functions: dict[tuple[str, int], int] = {}  # by the hash of the compiled kerne
 _functions_lock = threading.Lock()
 
 
-def _load(driver: Driver, compiled, device: int, sizes: list[int]) -> int:
+def _load(driver: Driver, compiled, device: int, sizes: list[int], cluster: int) -> int:
     """The CUfunction of a compiled kernel on the current device, whose parameters have `sizes` bytes."""
     with _functions_lock:
         if (key := (compiled.hash, device)) not in _functions:
@@ -414,6 +417,9 @@ def _load(driver: Driver, compiled, device: int, sizes: list[int]) -> int:
             if shared > _DEFAULT_SHARED:
                 driver("cuFuncSetCacheConfig", function, _PREFER_SHARED)
                 driver("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
+            if cluster > 1:
+                for attribute, value in ((_REQUIRED_CLUSTER_WIDTH, cluster), (_HEIGHT, 1), (_DEPTH, 1)):
+                    driver("cuFuncSetAttribute", function, attribute, value)
             _functions[key] = function.value
         return _functions[key]
 
