@@ -2,6 +2,7 @@
 
 import triton
 from triton._C.libtriton import ir
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import _unwrap_if_constexpr, builtin
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
@@ -10,6 +11,7 @@ VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # Renamed in 3.8; the old names are gone in 3.9.
 tma_load = tma.async_load if VERSION >= (3, 8) else tma.async_copy_global_to_shared
 tma_store = tma.async_store if VERSION >= (3, 8) else tma.async_copy_shared_to_global
+thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 if VERSION >= (3, 8):
     tma_add = tma.async_atomic_add

@@ -1,6 +1,6 @@
 """Attention forward on Hopper (sm_90a), BF16 and FP16: tile tables, what the kernel takes, and its launch.
 
-`forward_kernel.py` is the device code and `reference.py` the specification.
+`forward_kernel.py` and `forward_plain_kernel.py` are the device code and `reference.py` the specification.
 """
 
 import functools
@@ -22,6 +22,8 @@ from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas, of_first_query
 from fa3_inductor.kernels.formulas import check as check_formulas
 from fa3_inductor.kernels.forward_kernel import ROWS as ROWS_OF_A_CONSUMER
 from fa3_inductor.kernels.forward_kernel import forward_kernel
+from fa3_inductor.kernels.forward_plain_kernel import CLUSTER as CTAS_OF_A_CLUSTER
+from fa3_inductor.kernels.forward_plain_kernel import forward_plain_kernel
 from fa3_inductor.kernels.ranges import mask_axes, ranges_arguments, ranges_kernel, ranges_shape
 from fa3_inductor.kernels.schedule import longest_first, parts_of_keys
 from fa3_inductor.kernels.terms import broadcast, functions, has_terms, program_of
@@ -41,6 +43,7 @@ class Tile:
 
 
 ROWS = ROWS_OF_A_CONSUMER.value
+CLUSTER = CTAS_OF_A_CLUSTER.value
 STAGES = 2  # K tiles, and V tiles, in shared memory
 MAX_HEAD_DIM = 256
 
@@ -64,6 +67,36 @@ TERM_TILES = (
     (128, 128, Tile(128, 2, 240, 24)),
     (256, 256, Tile(64, 2, 240, 24, shared_o=True)),
 )
+# Those of forward_plain_kernel, by head_dim as `parts` has it and whether there is a window, with how many keys a row
+# tile has to see on average for that kernel to be the faster one. On an H200, TFLOP/s of it and of forward_kernel at
+# 4096 / 8192 / 16384 positions: D 128 full 633/649/666 and 630/644/640, causal 588/637/665 and 594/615/637; D 256 full,
+# at 1024 / 4096 / 16384, 605/701/717 and 588/649/670, causal, at 2048 / 8192 / 16384, 545/697/709 and 553/635/663.
+# Without overlap, only the maximum of the scores runs beside the product with V: 708 -> 737 at 256 and 16384, 667 ->
+# 652 at 128.
+PLAIN_TILES = {
+    (128, False): (3072, Tile(160, 2, 240, 24, ping_pong=True)),
+    (128, True): (3072, Tile(128, 2, 240, 24, ping_pong=True)),
+    (256, False): (1024, Tile(80, 2, 240, 24, ping_pong=True, overlap=False)),
+    (256, True): (1536, Tile(80, 2, 240, 24, ping_pong=True, overlap=False)),
+}
+
+
+def plain_tile_for(
+    head_dim: int, head_dim_v: int, window: tuple[int | None, int | None], seqlen_q: int, seqlen_k: int
+) -> Tile | None:
+    """The configuration of forward_plain_kernel for a problem with nothing but a window on its scores, if it is faster.
+
+    window: of `clipped`.
+    """
+    width, *rest = parts(head_dim)
+    row = PLAIN_TILES.get((width, window != (None, None)))
+    if rest or parts(head_dim_v) != (width,) or row is None:
+        return None
+    least, tile = row
+    count = CLUSTER * tile.consumers * ROWS
+    lengths = kv_tiles(seqlen_q, seqlen_k, *window, count, tile.block_n)
+    enough = sum(lengths) * tile.block_n >= least * len(lengths)
+    return tile if enough and -seqlen_q % count <= seqlen_q // 24 else None
 
 
 def tile_for(head_dim: int, head_dim_v: int, windowed: bool, seqlen_q: int, with_terms: bool = False) -> Tile:
@@ -245,6 +278,7 @@ def check_terms(
 
 _calls: dict = {}
 _ORDER, _OPERANDS = 9, 12  # which arguments of the kernel they are
+_PLAIN_ORDER = 9
 _MAX_CALLS = 4096  # by shapes and strides: what a server with ever new lengths may hold on to
 
 
@@ -294,6 +328,13 @@ def _prepare(
     tile = tile_for(q.shape[3], v.shape[3], window != (None, None), q.shape[2], in_scores or q.shape[2] <= ROWS)
     lengths = kv_tiles(q.shape[2], k.shape[2], *window, tile.consumers * ROWS, tile.block_n)
     count = parts_of_keys(lengths, q.shape[0] * q.shape[1], q.shape[2], multiprocessors(q.device))
+    if count == group == 1 and not in_scores and softcap is None:
+        if plain := plain_tile_for(q.shape[3], v.shape[3], window, q.shape[2], k.shape[2]):
+            grid, args = plain_arguments(q, k, v, out, lse, scale, *window, sinks, tile=plain)
+            tensors = tuple(x for x in (q, k, v, out, lse, sinks, args[_PLAIN_ORDER]) if x is not None)
+            prepared = launch.prepare(forward_plain_kernel, grid, args, tensors, {"num_warps": 4}, CLUSTER)
+            order = () if args[_PLAIN_ORDER] is None else (args[_PLAIN_ORDER].data_ptr(),)
+            return _Call(prepared, None, 0, 0, None, (), order, *settled)
     split = combine = find_ranges = ranges = None
     lse_of_kernel, sinks_of_kernel, sizes = lse, sinks, (0, 0)
     if count > 1 or (group > 1 and sinks is not None):
@@ -397,6 +438,32 @@ def launch_arguments(
         scale * _LOG2E, seed, threshold(dropout_p), keep_scale(dropout_p),
         left is not None, right is not None, *score_functions,
         tile.consumers, STAGES, tile.ping_pong, tile.overlap, shared_o, tile.consumer_regs, tile.producer_regs,
+    )  # fmt: skip
+
+
+def plain_arguments(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, window_left: int | None = None,
+    window_right: int | None = None, sinks: Tensor | None = None, *, tile: Tile, sm_count: int | None = None,
+) -> tuple[tuple[int, int, int], tuple]:  # fmt: skip
+    """The grid and the arguments of forward_plain_kernel, of a power of two for a head_dim, as `launch_arguments`."""
+    batch, q_heads, seqlen_q, head_dim = q.shape
+    kv_heads, seqlen_k, head_dim_v = v.shape[1:]
+    left, right = clipped(window_left, window_right, seqlen_q, seqlen_k)
+    clusters = (sm_count or multiprocessors(q.device)) // CLUSTER
+    clusters, m_tiles, order = schedule(
+        batch * q_heads, seqlen_q, seqlen_k, left, right, CLUSTER * tile.consumers * ROWS, tile.block_n, clusters,
+        q.device,
+    )  # fmt: skip
+    of_k, of_v = (
+        [descriptors(x, 1 << bit, (64,))[0] for bit in reversed(range(8)) if tile.block_n >> bit & 1] for x in (k, v)
+    )
+    unused = [None] * (3 - len(of_k))
+    return (clusters * CLUSTER, 1, 1), (
+        descriptors(q, ROWS, (64,))[0], *of_k, *unused, *of_v, *unused, (out, *out.stride()[:3], head_dim_v),
+        lse, order, sinks, batch * q_heads * m_tiles, m_tiles, q_heads, q_heads // kv_heads, seqlen_q, seqlen_k,
+        left or 0, right or 0, scale * _LOG2E, left is not None, right is not None,
+        *parts(head_dim), *parts(head_dim_v), tile.consumers, STAGES, tile.ping_pong, tile.overlap,
+        tile.consumer_regs, tile.producer_regs,
     )  # fmt: skip
 
 

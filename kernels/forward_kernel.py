@@ -47,24 +47,24 @@ def _sync(barrier, THREADS: gl.constexpr):
 
 
 @gluon.jit
-def _steps(work):
-    """How many tiles this CTA has."""
+def _steps(work, CLUSTER: gl.constexpr = 1):
+    """How many tiles this CTA has, or its cluster."""
     order_ptr, tiles = work[:2]
     if order_ptr is None:
-        steps = (tiles - 1 - gl.program_id(0)) // gl.num_programs(0) + 1
+        steps = (tiles - 1 - gl.program_id(0) // CLUSTER) // (gl.num_programs(0) // CLUSTER) + 1
     else:
-        steps = gl.load(order_ptr + gl.program_id(0))
+        steps = gl.load(order_ptr + gl.program_id(0) // CLUSTER)
     return steps
 
 
 @gluon.jit
-def _number(step, work):
-    """This CTA's tile number `step`. Without a list, the row tiles of a head follow each other: its keys stay in L2."""
+def _number(step, work, CLUSTER: gl.constexpr = 1):
+    """Of the tiles, number `step`. Without a list, the row tiles of a head follow each other: its keys stay in L2."""
     order_ptr = work[0]
     if order_ptr is None:
-        number = step * gl.num_programs(0) + gl.program_id(0)
+        number = step * (gl.num_programs(0) // CLUSTER) + gl.program_id(0) // CLUSTER
     else:
-        number = gl.load(order_ptr + (step + 1) * gl.num_programs(0) + gl.program_id(0))
+        number = gl.load(order_ptr + (step + 1) * (gl.num_programs(0) // CLUSTER) + gl.program_id(0) // CLUSTER)
     return number
 
 
@@ -93,6 +93,19 @@ def _window_range(row0, window, COUNT: gl.constexpr, BLOCK_N: gl.constexpr, LEFT
 
 
 @gluon.jit
+def _tile_range(
+    tile_row, row0, window, COUNT: gl.constexpr, BLOCK_N: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
+):
+    """The KV tiles of the ROWS rows from row0 on, and those of the COUNT rows from tile_row on that they are among."""
+    tile_first, tile_stop = _window_range(tile_row, window, COUNT, BLOCK_N, LEFT, RIGHT)
+    first, stop = _window_range(row0, window, ROWS, BLOCK_N, LEFT, RIGHT)
+    if row0 >= window[0]:
+        first = tile_first
+        stop = tile_first + 1
+    return first, stop, tile_first, tile_stop
+
+
+@gluon.jit
 def _kv_range(
     place, part, work, window, ranges, WG: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr,
@@ -107,11 +120,7 @@ def _kv_range(
     batch, head, row0 = place
     tile_row = row0 - WG * ROWS
     if ranges is None:
-        tile_first, tile_stop = _window_range(tile_row, window, CONSUMERS * ROWS, BLOCK_N, LEFT, RIGHT)
-        first, stop = _window_range(row0, window, ROWS, BLOCK_N, LEFT, RIGHT)
-        if row0 >= window[0]:
-            first = tile_first
-            stop = tile_first + 1
+        first, stop, tile_first, tile_stop = _tile_range(tile_row, row0, window, CONSUMERS * ROWS, BLOCK_N, LEFT, RIGHT)
     else:
         ptr, by_batch, by_head, by_block = ranges
         ptr += (batch.to(gl.int64) * by_batch + head * by_head) * 4

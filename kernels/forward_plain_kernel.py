@@ -1,11 +1,17 @@
-"""Attention forward on Hopper without a mask, with KV tiles whose length is no power of two: the device code.
+"""Attention forward on Hopper with nothing on its scores but a window, BF16 and FP16: the device code.
 
-FlashAttention-3 takes 176 keys at a time at head_dim 128 and 80 at 256, as many as registers hold (Shah et al., 2024,
-arXiv:2407.08608; https://github.com/Dao-AILab/flash-attention, hopper/tile_size.h): what a tile costs beside its
-products is spread over more of them. Gluon's tensors and its matrix products have powers of two. Here Q @ K^T is one
-wgmma of any length, by inline assembly, whose result comes as tensors of 16 columns, and they are put together to
-parts of powers of two (176 = 128 + 32 + 16); the rest is plain Gluon on tuples of parts, and what `forward_kernel.py`
-says of warp groups and of overlap holds.
+What `forward_kernel.py` says of warp groups, of their overlap and of the order of the keys holds here. Two things of
+FlashAttention-3 come on top, and one for them (Shah et al., 2024, arXiv:2407.08608;
+https://github.com/Dao-AILab/flash-attention, hopper/):
+
+- Clusters of two CTAs, with neighbouring row tiles: each brings half of every KV tile to both. Alone, CTAs ask more of
+  the L2 cache than it can give, 5 TB/s. At head_dim 128 and 16384 positions on an H200, 642 -> 677 TFLOP/s.
+- KV tiles as long as registers allow: what a tile costs beside its products is spread over more keys. Gluon's tensors
+  have powers of two. So Q @ K^T is one wgmma of any length by inline assembly, whose result comes in pieces of 16
+  columns; they are put together to parts of powers of two (160 = 128 + 32), and the rest is Gluon on tuples of parts.
+  Alone, 64 -> 80 keys are worth 684 -> 696 at head_dim 256, and 128 -> 160 are worth 631 -> 664 at 128.
+- O goes to memory past shared memory, so that the next Q comes while the last products run. At head_dim 256, 603 -> 614
+  at 1024 positions and 676 -> 698 at 4096.
 """
 
 from triton.experimental import gluon
@@ -17,29 +23,220 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fa3_inductor.kernels.compat import reinterpret, tma_load
+from fa3_inductor.kernels.compat import reinterpret, thread_barrier
 from fa3_inductor.kernels.forward_kernel import (
     ROWS,
     TURN,
     _arrive,
-    _barriers,
     _finish_rows,
-    _mask,
+    _mask_tile,
+    _number,
     _pack,
     _rescale,
     _row_sums,
+    _steps,
     _sync,
+    _tile,
+    _tile_range,
     _unpack,
 )
 
-# Shared memory is dealt out by groups of 8 rows of 128 bytes, of which a swizzled tile is made: 1 KB.
-GROUP = gl.constexpr(8)
-COLUMNS = gl.constexpr(64)
+# What Gluon has no view of (Q, K and barriers) lies in groups of 8 rows of 128 bytes, of which swizzled tiles are made.
+GROUP = gl.constexpr(1024)  # bytes
+COLUMNS = gl.constexpr(64)  # of 16 bits, in 128 bytes
+CLUSTER = gl.constexpr(2)  # CTAs that share KV tiles
+ZERO = gl.constexpr(512)  # where among the barriers there is a zero
 
 
 @gluon.constexpr_function
-def _product_asm(bits: str, columns: int, head_dim: int) -> str:
-    """Q [64, head_dim] @ K [columns, head_dim]^T, from the addresses of both, as wgmma descriptors have them."""
+def _groups(rows: int, columns: int) -> int:
+    return rows // 8 * (columns // 64)
+
+
+@gluon.constexpr_function
+def _places(block_n: int, head_dim: int, consumers: int, stages: int):
+    """The groups at which the K ring and the barriers start; Q is in front of them."""
+    k = consumers * _groups(64, head_dim)
+    return k, k + stages * _groups(block_n, head_dim)
+
+
+@gluon.constexpr_function
+def _first_row(descs, part: int) -> int:
+    return sum(desc.type.block_type.shape[2] for desc in descs[:part])
+
+
+@gluon.constexpr_function
+def _accumulator(columns: int):
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@gluon.jit
+def _write_addresses(KILOBYTES: gl.constexpr):
+    """Writes to the start of every kilobyte of shared memory what its address is."""
+    number = gl.arange(0, 256, gl.BlockedLayout([1], [32], [4], [0]))
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        .reg .b32 a;
+        setp.lt.u32 p, $1, $2;
+        mov.u32 a, global_smem;
+        mad.lo.u32 a, $1, 1024, a;
+        @p st.shared.b32 [a], a;
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,n", [number, KILOBYTES], gl.int32, False, 1,
+    )  # fmt: skip
+    thread_barrier()
+
+
+@gluon.jit
+def _address(smem):
+    """The address of shared memory, which Gluon does not tell: `_write_addresses` wrote it there."""
+    word = reinterpret(smem.index(0), gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return gl.max(word.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def _meet():
+    """Waits for all warps of all CTAs of the cluster."""
+    gl.inline_asm_elementwise(
+        "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; mov.u32 $0, 0;", "=r", [],
+        gl.int32, False, 1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _release(bar):
+    """Counts this warp in at the mbarrier of that address in each CTA of the cluster, and goes on."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        .reg .b32 lane, remote;
+        mov.u32 lane, %laneid;
+        setp.lt.u32 p, lane, $2;
+        @p mapa.shared::cluster.u32 remote, $1, lane;
+        @p mbarrier.arrive.shared::cluster.b64 _, [remote];
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,n", [bar, CLUSTER], gl.int32, False, 1,
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _bring_asm(descriptor: int, share: int) -> str:
+    # A descriptor of four dimensions is nine parameters: the map, and shape and strides, which nobody reads.
+    multicast, mask = (".multicast::cluster", f", {2**share - 1}") if share > 1 else ("", "")
+    return f"""{{
+    .reg .pred p;
+    .reg .b64 map;
+    elect.sync _|p, 0xffffffff;
+    mov.b64 map, forward_plain_kernel_param_{descriptor * 9};
+    cvta.param.u64 map, map;
+    @p cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes{multicast}
+        [$1], [map, {{$3, $4, $5, $6}}], [$2]{mask};
+    mov.u32 $0, 0;
+    }}"""
+
+
+@gluon.jit
+def _bring(
+    DESCRIPTOR: gl.constexpr, descs, batch, head, row, at, bar, STRIDES: gl.constexpr, D: gl.constexpr,
+    SHARE: gl.constexpr,
+):  # fmt: skip
+    """Brings one of SHARE of the columns of some rows, this CTA's, to as many CTAs.
+
+    For each part of the rows, `at` is where it goes and STRIDES how many bytes there are from 64 columns to the next.
+    """
+    rank = gl.program_id(0) % SHARE
+    for i in gl.static_range(len(descs)):
+        for step in gl.static_range(D // COLUMNS // SHARE):
+            which = step * SHARE + rank
+            gl.inline_asm_elementwise(
+                _bring_asm(DESCRIPTOR + i, SHARE), "=r,r,r,r,r,r,r",
+                [at[i] + which * STRIDES[i], bar, which * COLUMNS, row + _first_row(descs, i), head, batch],
+                gl.int32, False, 1,
+            )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _strides_of_k(descs):
+    return (_first_row(descs, len(descs)) * 128,) * len(descs)
+
+
+@gluon.constexpr_function
+def _strides_of_v(descs):
+    return tuple(desc.type.block_type.shape[2] * 128 for desc in descs)
+
+
+@gluon.jit
+def _bring_k(descs, batch, head, row, it, ring, bars, bars_at, D: gl.constexpr, STAGES: gl.constexpr):
+    """Brings a tile of keys into slot it % STAGES, once all consumers have let go of it: 64 columns in one piece."""
+    BYTES: gl.constexpr = _first_row(descs, len(descs)) * D * 2
+    slot = it % STAGES
+    mbarrier.wait(bars.index(2 * STAGES + slot), ((it // STAGES) & 1) ^ 1)
+    mbarrier.expect(bars.index(slot), BYTES)
+    at = ()
+    for i in gl.static_range(len(descs)):
+        at = at + (ring + slot * BYTES + _first_row(descs, i) * 128,)
+    _bring(1, descs, batch, head, row, at, bars_at + slot * 8, _strides_of_k(descs), D, CLUSTER)
+
+
+@gluon.jit
+def _bring_v(descs, batch, head, row, it, rings, bars, bars_at, DV: gl.constexpr, STAGES: gl.constexpr):
+    """Likewise of values: each part in one piece."""
+    slot = it % STAGES
+    mbarrier.wait(bars.index(3 * STAGES + slot), ((it // STAGES) & 1) ^ 1)
+    mbarrier.expect(bars.index(STAGES + slot), _first_row(descs, len(descs)) * DV * 2)
+    at = ()
+    for i in gl.static_range(len(descs)):
+        at = at + (rings[i] + slot * (descs[i].block_type.shape[2] * DV * 2),)
+    bar = bars_at + (STAGES + slot) * 8
+    _bring(1 + len(descs), descs, batch, head, row, at, bar, _strides_of_v(descs), DV, CLUSTER)
+
+
+@gluon.jit
+def _produce(
+    args, D: gl.constexpr, DV: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, LEFT: gl.constexpr,
+    RIGHT: gl.constexpr,
+):  # fmt: skip
+    """The producer warp. Values lag keys by one tile, as their use does."""
+    q_desc, k_descs, v_descs, q_at, k_ring, v_rings, bars, bars_at, work, window = args
+    m_tiles, q_heads, group = work[2:]
+    BLOCK_N: gl.constexpr = _first_row(k_descs, len(k_descs))
+    COUNT: gl.constexpr = CLUSTER * CONSUMERS * ROWS
+    _meet()
+    it = 0
+    steps = _steps(work, CLUSTER)
+    number = _number(0, work, CLUSTER)
+    for step in range(steps):
+        tile_row = number % m_tiles * COUNT
+        flat = number // m_tiles
+        number = _number(gl.minimum(step + 1, steps - 1), work, CLUSTER)  # of the next one, in time
+        batch = flat // q_heads
+        head = flat % q_heads
+        kv_head = head // group
+        first, stop = _tile_range(tile_row, tile_row, window, COUNT, BLOCK_N, LEFT, RIGHT)[2:]
+        row = (stop - 1) * BLOCK_N
+        _bring_k(k_descs, batch, kv_head, row, it, k_ring, bars, bars_at, D, STAGES)
+        for wg in gl.static_range(CONSUMERS):
+            mbarrier.wait(bars.index(4 * STAGES + CONSUMERS + wg), (step & 1) ^ 1)
+            mbarrier.expect(bars.index(4 * STAGES + wg), ROWS * D * 2)
+            q_row = tile_row + (gl.program_id(0) % CLUSTER * CONSUMERS + wg) * ROWS
+            bar = bars_at + (4 * STAGES + wg) * 8
+            _bring(0, (q_desc,), batch, head, q_row, (q_at + wg * (ROWS * D * 2),), bar, (ROWS * 128,), D, 1)
+        for _ in range(first, stop - 1):
+            it += 1
+            row -= BLOCK_N
+            _bring_k(k_descs, batch, kv_head, row, it, k_ring, bars, bars_at, D, STAGES)
+            _bring_v(v_descs, batch, kv_head, row + BLOCK_N, it - 1, v_rings, bars, bars_at, DV, STAGES)
+        _bring_v(v_descs, batch, kv_head, row, it, v_rings, bars, bars_at, DV, STAGES)
+        it += 1
+    _meet()
+
+
+@gluon.constexpr_function
+def _product_asm(kind: str, columns: int, head_dim: int) -> str:
+    """Q [64, head_dim] @ K [columns, head_dim]^T, from both addresses as wgmma's descriptors have them."""
     registers = columns // 2
     into = ", ".join(f"${i}" for i in range(registers))
     lines = [
@@ -48,18 +245,18 @@ def _product_asm(bits: str, columns: int, head_dim: int) -> str:
         ".reg .b32 x, y, h;",
         ".reg .pred p;",
         "setp.ne.b32 p, 0, 0;",
-        "mov.u32 h, 0x40000040;",  # swizzled by 128 bytes; 1024 from one group of rows to the next
+        "mov.u32 h, 0x40000040;",  # swizzled by 128 bytes; 1024 bytes from 8 rows to the next
         "wgmma.fence.sync.aligned;",
     ]
     for step in range(head_dim // 16):
-        half, within = divmod(step, 4)
+        which, within = divmod(step, 4)
         # In units of 16 bytes.
         lines += [
-            f"add.u32 x, ${registers}, {half * 64 * 8 + within * 2};",
-            f"add.u32 y, ${registers + 8}, {half * columns * 8 + within * 2};",
+            f"add.u32 x, ${registers}, {which * 64 * 8 + within * 2};",
+            f"add.u32 y, ${registers + 8}, {which * columns * 8 + within * 2};",
             "mov.b64 a, {x, h};",
             "mov.b64 b, {y, h};",
-            f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{bits}.{bits} {{{into}}}, a, b, p, 1, 1, 0, 0;",
+            f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {{{into}}}, a, b, p, 1, 1, 0, 0;",
         ]
         if step == 0:
             lines.append("setp.eq.b32 p, 0, 0;")
@@ -73,220 +270,35 @@ def _product_constraints(columns: int) -> str:
 
 @gluon.constexpr_function
 def _product_types(columns: int):
-    return tuple(gl.float32 for _ in range(columns // 16))
-
-
-@gluon.constexpr_function
-def _bits(dtype) -> str:
-    return "bf16" if dtype == gl.bfloat16 else "f16"
-
-
-@gluon.constexpr_function
-def _accumulator(columns: int):
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
-
-
-@gluon.jit
-def _own_address(smem):
-    """The address of shared memory, 1024-aligned, which Gluon does not tell.
-
-    Every kilobyte is written its own address to, and what the memory then holds is read.
-    """
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    at = gl.arange(0, 128, layout) * 1024
-    gl.inline_asm_elementwise(
-        "{ .reg .b32 a; mov.u32 a, global_smem; add.u32 a, a, $1; st.shared.b32 [a], a; mov.u32 $0, 0; }",
-        "=r,r", [at], gl.int32, False, 1,
-    )  # fmt: skip
-    gl.thread_barrier()
-    word = reinterpret(smem.index(0), gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    address = gl.max(word.load(layout), 0)
-    gl.thread_barrier()
-    return address
-
-
-@gluon.jit
-def _view(smem, group, NUMBER: gl.constexpr, WIDTH: gl.constexpr):
-    """The shared memory from a group on as NUMBER rows of WIDTH columns."""
-    return reinterpret(smem.index(group), smem.dtype, [1, 1, NUMBER, WIDTH], smem.layout)
-
-
-@gluon.jit
-def _matrix(tile):
-    return tile.reshape([tile.shape[2], tile.shape[3]])
-
-
-@gluon.jit
-def _meet():
-    """Waits for all warps of both CTAs of the cluster."""
-    gl.inline_asm_elementwise(
-        "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; mov.u32 $0, 0;", "=r", [],
-        gl.int32, False, 1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _release(at):
-    """Counts this warp in at the mbarrier of that address of both CTAs."""
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        .reg .b32 lane, remote;
-        mov.u32 lane, %laneid;
-        setp.lt.u32 p, lane, 2;
-        @p mapa.shared::cluster.u32 remote, $1, lane;
-        @p mbarrier.arrive.shared::cluster.b64 _, [remote];
-        mov.u32 $0, 0;
-        }""",
-        "=r,r", [at], gl.int32, False, 1,
-    )  # fmt: skip
-
-
-@gluon.constexpr_function
-def _multicast_asm(descriptor: int) -> str:
-    return f"""{{
-    .reg .pred p;
-    .reg .b16 both;
-    .reg .b64 map;
-    elect.sync _|p, 0xffffffff;
-    mov.u16 both, 3;
-    mov.b64 map, forward_plain_kernel_param_{descriptor * 9};
-    cvta.param.u64 map, map;
-    @p cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster
-        [$1], [map, {{$3, $4, $5, $6}}], [$2], both;
-    mov.u32 $0, 0;
-    }}"""
-
-
-@gluon.jit
-def _multicast(DESCRIPTOR: gl.constexpr, at, bar, column, row, head, batch):
-    """Brings a block into the same shared memory of both CTAs."""
-    gl.inline_asm_elementwise(
-        _multicast_asm(DESCRIPTOR), "=r,r,r,r,r,r,r", [at, bar, column, row, head, batch], gl.int32, False, 1
-    )
-
-
-@gluon.constexpr_function
-def _first_row(descs, part: int) -> int:
-    return sum(desc.type.block_type.shape[2] for desc in descs[:part])
-
-
-@gluon.constexpr_function
-def _groups(rows: int, columns: int) -> int:
-    return rows // 8 * (columns // 64)
-
-
-@gluon.jit
-def _load_half(
-    DESCRIPTOR: gl.constexpr, descs, batch, head, row, rank, at, bar, BLOCK_N: gl.constexpr, D: gl.constexpr,
-    WHOLE: gl.constexpr,
-):  # fmt: skip
-    """Brings this CTA's half of the columns of BLOCK_N rows to both CTAs.
-
-    If WHOLE, each 64 columns lie in one piece; else those of each part, the parts one after the other.
-    """
-    for i in gl.static_range(len(descs)):
-        for pair in gl.static_range(D // COLUMNS // 2):
-            half = 2 * pair + rank
-            if WHOLE:
-                to = at + (half * BLOCK_N + _first_row(descs, i)) * 128
-            else:
-                to = at + (_first_row(descs, i) * (D // COLUMNS) + half * descs[i].block_type.shape[2]) * 128
-            _multicast(DESCRIPTOR + i, to, bar, half * COLUMNS, row + _first_row(descs, i), head, batch)
-
-
-@gluon.jit
-def _produce(
-    args, BLOCK_N: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr
-):
-    """The producer warp. Values lag keys by one tile, as their use does."""
-    q_desc, k_descs, v_descs, smem, address, q_full, q_empty, bars, work = args
-    pairs, pairs_of_head, q_heads, group, seqlen_k = work
-    Q_GROUPS: gl.constexpr = _groups(ROWS, D)
-    K_GROUPS: gl.constexpr = _groups(BLOCK_N, D)
-    V_GROUPS: gl.constexpr = _groups(BLOCK_N, DV)
-    K_FIRST: gl.constexpr = CONSUMERS * Q_GROUPS
-    V_FIRST: gl.constexpr = K_FIRST + STAGES * K_GROUPS
-    BARS: gl.constexpr = V_FIRST + STAGES * V_GROUPS
-    PARTS: gl.constexpr = len(k_descs)
-    rank = gl.program_id(0) % 2
-    _meet()
-    it = 0
-    step = 0
-    n_tiles = (seqlen_k + BLOCK_N - 1) // BLOCK_N
-    for number in range(gl.program_id(0) // 2, pairs, gl.num_programs(0) // 2):
-        m_tile = number % pairs_of_head * 2 + rank
-        flat = number // pairs_of_head
-        batch = flat // q_heads
-        head = flat % q_heads
-        kv_head = head // group
-        row = (n_tiles - 1) * BLOCK_N
-        for j in range(n_tiles + 1):
-            if j < n_tiles:
-                slot = it % STAGES
-                mbarrier.wait(bars.index(2 * STAGES + slot), ((it // STAGES) & 1) ^ 1)
-                mbarrier.expect(bars.index(slot), BLOCK_N * D * 2)
-                _load_half(
-                    1, k_descs, batch, kv_head, row, rank, address + (K_FIRST + slot * K_GROUPS) * 1024,
-                    address + BARS * 1024 + slot * 8, BLOCK_N, D, True,
-                )  # fmt: skip
-            if j == 0:
-                for wg in gl.static_range(CONSUMERS):
-                    mbarrier.wait(q_empty.index(wg), (step & 1) ^ 1)
-                    mbarrier.expect(q_full.index(wg), q_desc.block_type.nbytes)
-                    tma_load(
-                        q_desc, [batch, head, (m_tile * CONSUMERS + wg) * ROWS, 0], q_full.index(wg),
-                        _view(smem, wg * Q_GROUPS, ROWS, D),
-                    )  # fmt: skip
-            else:
-                v_it = it - 1
-                v_slot = v_it % STAGES
-                mbarrier.wait(bars.index(3 * STAGES + v_slot), ((v_it // STAGES) & 1) ^ 1)
-                mbarrier.expect(bars.index(STAGES + v_slot), BLOCK_N * DV * 2)
-                _load_half(
-                    1 + PARTS, v_descs, batch, kv_head, row + BLOCK_N, rank,
-                    address + (V_FIRST + v_slot * V_GROUPS) * 1024, address + BARS * 1024 + (STAGES + v_slot) * 8,
-                    BLOCK_N, DV, False,
-                )  # fmt: skip
-            if j < n_tiles:
-                it += 1
-                row -= BLOCK_N
-        step += 1
-    _meet()
-
-
-@gluon.jit
-def _side_by_side(a, b):
-    """Two matrices as one, without moving a register."""
-    both = gl.join(a, b).permute((0, 2, 1)).reshape([a.shape[0], 2 * a.shape[1]])
-    return gl.convert_layout(both, _accumulator(2 * a.shape[1]), assert_trivial=True)
-
-
-@gluon.jit
-def _joined(pieces, FIRST: gl.constexpr, COLUMNS_: gl.constexpr):
-    """The 16-column pieces from FIRST on as one matrix."""
-    if COLUMNS_ == 16:
-        return pieces[FIRST]
-    else:
-        left = _joined(pieces, FIRST, COLUMNS_ // 2)
-        right = _joined(pieces, FIRST + COLUMNS_ // 32, COLUMNS_ // 2)
-        return _side_by_side(left, right)
+    return (gl.float32,) * (columns // 16)
 
 
 @gluon.jit
 def _issue_scores(q_at, k_at, dtype: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr):
     """Issues Q @ K^T; the result comes in pieces of 16 columns."""
-    layout: gl.constexpr = _accumulator(16)
+    KIND: gl.constexpr = "bf16" if dtype == gl.bfloat16 else "f16"
+    zero = gl.full([ROWS, 16], 0, gl.int32, _accumulator(16))
     return gl.inline_asm_elementwise(
-        _product_asm(_bits(dtype), BLOCK_N, D), _product_constraints(BLOCK_N),
-        [gl.full([ROWS, 16], 0, gl.int32, layout) + q_at, gl.full([ROWS, 16], 0, gl.int32, layout) + k_at],
+        _product_asm(KIND, BLOCK_N, D), _product_constraints(BLOCK_N), [zero + q_at, zero + k_at],
         _product_types(BLOCK_N), False, 8,
     )  # fmt: skip
 
 
 @gluon.jit
+def _joined(pieces, FIRST: gl.constexpr, WIDTH: gl.constexpr):
+    """WIDTH columns of pieces from FIRST on as one matrix, without moving a register."""
+    if WIDTH == 16:
+        return pieces[FIRST]
+    else:
+        left = _joined(pieces, FIRST, WIDTH // 2)
+        right = _joined(pieces, FIRST + WIDTH // 32, WIDTH // 2)
+        both = gl.join(left, right).permute((0, 2, 1)).reshape([ROWS, WIDTH])
+        return gl.convert_layout(both, _accumulator(WIDTH), assert_trivial=True)
+
+
+@gluon.jit
 def _wait_scores(pieces, PENDING: gl.constexpr, descs):
-    """Waits for the scores, and puts the pieces together to the parts that the weights have."""
+    """Waits for the scores, and puts the pieces together to parts as long as V's."""
     deps = []
     for i in gl.static_range(len(pieces)):
         deps = deps + [pieces[i]]
@@ -298,11 +310,13 @@ def _wait_scores(pieces, PENDING: gl.constexpr, descs):
 
 
 @gluon.jit
-def _mask_end(s, stop):
-    """-inf from column `stop` on."""
-    layout: gl.constexpr = s.type.layout
-    high = gl.full([ROWS], 0, gl.int32, gl.SliceLayout(1, layout)) + stop
-    return _mask(s, high, high, False, layout)
+def _mask_parts(s, row0, column0, window, descs, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+    masked = ()
+    for i in gl.static_range(len(s)):
+        column = column0 + _first_row(descs, i)
+        own = _mask_tile(s[i], row0, column, window, LEFT, RIGHT, _accumulator(descs[i].block_type.shape[2]))
+        masked = masked + (own,)
+    return masked
 
 
 @gluon.jit
@@ -313,14 +327,18 @@ def _row_max(s):
 
 
 @gluon.jit
-def _softmax_parts(s, m_i, scale, rows_layout: gl.constexpr):
-    """As `_softmax`, of parts; and the sums of the weights, as `_row_sums` has them."""
+def _new_max(s, m_i):
+    """The running maximum of the rows."""
     top = _row_max(s[0])
     for i in gl.static_range(1, len(s)):
         top = gl.maximum(top, gl.convert_layout(_row_max(s[i]), top.type.layout, assert_trivial=True))
-    m_new = gl.maximum(m_i, gl.convert_layout(gl.max(top, 1), rows_layout, assert_trivial=True))
+    return gl.maximum(m_i, gl.convert_layout(gl.max(top, 1), m_i.type.layout, assert_trivial=True))
+
+
+@gluon.jit
+def _weights(s, m_i, m_new, scale):
+    """exp2 of the scaled scores less their maximum, the factor for what was summed so far, and sums as `_row_sums`."""
     m_scaled = gl.where(m_new == float("-inf"), 0.0, m_new) * scale
-    alpha = gl.exp2(m_i * scale - m_scaled)
     weights = ()
     for i in gl.static_range(len(s)):
         own = gl.convert_layout(m_scaled, gl.SliceLayout(1, s[i].type.layout), assert_trivial=True)
@@ -328,7 +346,7 @@ def _softmax_parts(s, m_i, scale, rows_layout: gl.constexpr):
     sums = _row_sums(weights[0])
     for i in gl.static_range(1, len(s)):
         sums += gl.convert_layout(_row_sums(weights[i]), sums.type.layout, assert_trivial=True)
-    return weights, m_new, alpha, sums
+    return weights, gl.exp2(m_i * scale - m_scaled), sums
 
 
 @gluon.jit
@@ -340,15 +358,22 @@ def _pack_parts(weights, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _accumulate_parts(packed, smem, group, descs, o, dtype: gl.constexpr, layout: gl.constexpr, GROUPS: gl.constexpr):
-    """Issues O += P @ V, part for part. Returns the weights too, which have to live until it is done."""
+def _accumulate_parts(packed, v_smem, slot, o, dtype: gl.constexpr):
+    """Issues O += P @ V, part by part. Returns the weights too, which have to live until it is done."""
+    DV: gl.constexpr = o.shape[1]
+    layout: gl.constexpr = gl.DotOperandLayout(0, _accumulator(DV), 2)
     p = ()
     for i in gl.static_range(len(packed)):
         own = _unpack(packed[i], dtype, layout)
-        o = warpgroup_mma(own, _matrix(_view(smem, group, descs[i].block_type.shape[2], GROUPS * COLUMNS)), o, is_async=True)
-        group += descs[i].block_type.shape[2] // GROUP * GROUPS
+        o = warpgroup_mma(own, _tile(v_smem[i], slot), o, is_async=True)
         p = p + (own,)
     return o, p
+
+
+@gluon.jit
+def _zero_from_memory(at):
+    """0.0. ptxas moves arithmetic over waits; what depends on this stays behind those that are in front of it."""
+    return gl.inline_asm_elementwise("ld.volatile.shared.b32 $0, [$1];", "=f,r", [at], gl.float32, False, 1)
 
 
 @gluon.jit
@@ -361,7 +386,7 @@ def _wait_output(o, p):
 
 @gluon.constexpr_function
 def _exchange_and_store_asm() -> str:
-    """Of each of two rows four words, 8 columns apart, of a thread; four neighbours make 16 bytes of them each."""
+    """Of each of two rows four words of a thread, 8 columns apart; four neighbours make 16 bytes of them each."""
     lines = [
         "{",
         ".reg .pred odd, high, p;",
@@ -388,9 +413,14 @@ def _exchange_and_store_asm() -> str:
     return "\n".join([*lines, *(f"mov.u32 ${i}, 0;" for i in range(8)), "}"])
 
 
+@gluon.constexpr_function
+def _exchange_and_store_constraints() -> str:
+    return ",".join(["=r"] * 8 + ["r"] * 8 + ["l"] * 8 + ["r"] * 8)
+
+
 @gluon.jit
 def _store(o, out, batch, head, row0, seqlen_q, dtype: gl.constexpr):
-    """Writes O past shared memory, which is the next tile's already."""
+    """Writes O, 16 bytes a thread at a time."""
     ptr, by_batch, by_head, by_row, head_dim_v = out
     packed = _pack(o, dtype)
     layout: gl.constexpr = packed.type.layout
@@ -401,159 +431,238 @@ def _store(o, out, batch, head, row0, seqlen_q, dtype: gl.constexpr):
     at = ptr + ((rows.to(gl.int64) * by_row)[:, None] + column[None, :])
     inside = (rows < seqlen_q)[:, None] & (column < head_dim_v)[None, :]
     gl.inline_asm_elementwise(
-        _exchange_and_store_asm(), "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r,r,r,l,l,l,l,l,l,l,l,r,r,r,r,r,r,r,r",
-        [packed, at, inside.to(gl.int32)], gl.int32, False, 8,
+        _exchange_and_store_asm(), _exchange_and_store_constraints(), [packed, at, inside.to(gl.int32)], gl.int32,
+        False, 8,
     )  # fmt: skip
 
 
 @gluon.jit
-def _consume(
-    args, WG: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, CONSUMERS: gl.constexpr,
-    STAGES: gl.constexpr, PING_PONG: gl.constexpr, SINKS: gl.constexpr,
+def _kv_loop(
+    o, packed, l_i, m_i, it, tile, stop, row0, scale, descs, shared, window,
+    WG: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
+    MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, D: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
-    """Consumer warp group number WG: its ROWS rows of every tile."""
-    q_desc, v_descs, out, lse_ptr, sinks_ptr, smem, address, q_full, q_empty, bars, work, scale, seqlen_q = args
-    pairs, pairs_of_head, q_heads, group, seqlen_k = work
-    dtype: gl.constexpr = q_desc.dtype
-    rows_layout: gl.constexpr = gl.SliceLayout(1, _accumulator(v_descs[0].block_type.shape[2]))
-    o_layout: gl.constexpr = _accumulator(DV)
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    PARTS: gl.constexpr = len(v_descs)
-    Q_GROUPS: gl.constexpr = _groups(ROWS, D)
-    K_GROUPS: gl.constexpr = _groups(BLOCK_N, D)
-    V_GROUPS: gl.constexpr = _groups(BLOCK_N, DV)
-    K_FIRST: gl.constexpr = CONSUMERS * Q_GROUPS
-    V_FIRST: gl.constexpr = K_FIRST + STAGES * K_GROUPS
-    BARS: gl.constexpr = V_FIRST + STAGES * V_GROUPS
-    empty = address + BARS * 1024 + 2 * STAGES * 8
-    _meet()
-    # As wgmma's descriptors have them, in units of 16 bytes; bit 16 is a stride that swizzled tiles do not have.
-    base = (address >> 4) | 0x10000
-    q_at = base + WG * Q_GROUPS * 64
-    k_base = base + K_FIRST * 64
-    if PING_PONG and WG == CONSUMERS - 1:
-        _arrive(TURN, 256)
-    it = 0
-    step = 0
-    n_tiles = (seqlen_k + BLOCK_N - 1) // BLOCK_N
-    for number in range(gl.program_id(0) // 2, pairs, gl.num_programs(0) // 2):
-        m_tile = number % pairs_of_head * 2 + gl.program_id(0) % 2
-        flat = number // pairs_of_head
-        batch = flat // q_heads
-        head = flat % q_heads
-        row0 = (m_tile * CONSUMERS + WG) * ROWS
-
-        # The last KV tile, alone: no weights to multiply by V yet. It is the only one that can reach past the end of K.
+    """KV tiles tile - 1 down to stop. Enters and leaves with the last tile's weights not yet multiplied by V."""
+    q_at, k_at, v_smem, bars, bars_at = shared
+    BLOCK_N: gl.constexpr = _first_row(descs, len(descs))
+    for i in range(stop, tile):
         slot = it % STAGES
-        mbarrier.wait(q_full.index(WG), step & 1)
+        v_slot = (it - 1) % STAGES
         mbarrier.wait(bars.index(slot), (it // STAGES) & 1)
         if PING_PONG:
             _sync(TURN + WG, 256)
-        pieces = _issue_scores(q_at, k_base + slot * (K_GROUPS * 64), dtype, BLOCK_N, D)
+        pieces = _issue_scores(q_at, k_at + slot * (BLOCK_N * D * 2 // 16), dtype, BLOCK_N, D)
+        mbarrier.wait(bars.index(STAGES + v_slot), ((it - 1) // STAGES) & 1)
+        o, p = _accumulate_parts(packed, v_smem, v_slot, o, dtype)
         if PING_PONG:
             _arrive(TURN + (WG + 1) % CONSUMERS, 256)
-        s = _wait_scores(pieces, 0, v_descs)
-        _release(empty + slot * 8)
-        masked = ()
-        left = seqlen_k - (n_tiles - 1) * BLOCK_N
-        for i in gl.static_range(PARTS):
-            masked = masked + (_mask_end(s[i], left),)
-            left -= s[i].shape[1]
-        m_i = gl.full([ROWS], float("-inf"), gl.float32, rows_layout)
-        weights, m_i, alpha, l_i = _softmax_parts(masked, m_i, scale, rows_layout)
+        s = _wait_scores(pieces, len(descs), descs)
+        _release(bars_at + (2 * STAGES + slot) * 8)
+        if MASKED:
+            s = _mask_parts(s, row0, (tile - 1 - (i - stop)) * BLOCK_N, window, descs, LEFT, RIGHT)
+        m_new = _new_max(s, m_i)
+        if OVERLAP:
+            weights, alpha, sums = _weights(s, m_i, m_new, scale)
+            o = _wait_output(o, p)
+        else:
+            o = _wait_output(o, p)
+            weights, alpha, sums = _weights(s, m_i, m_new + _zero_from_memory(bars_at + ZERO), scale)
+        _release(bars_at + (3 * STAGES + v_slot) * 8)
+        m_i = m_new
+        l_i = _rescale(l_i, alpha) + sums
         packed = _pack_parts(weights, dtype)
-        o = gl.zeros([ROWS, DV], gl.float32, o_layout)
+        o = _rescale(o, alpha)
+        it += 1
+    return o, packed, l_i, m_i, it
+
+
+@gluon.jit
+def _skip(
+    it, count, bars, bars_at, WG: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    PING_PONG: gl.constexpr,
+):  # fmt: skip
+    """Lets go of `count` KV tiles that only others' rows see, each not before it is there."""
+    for _ in range(count):
+        slot = it % STAGES
+        if PING_PONG:
+            _sync(TURN + WG, 256)
+            _arrive(TURN + (WG + 1) % CONSUMERS, 256)
+        mbarrier.wait(bars.index(slot), (it // STAGES) & 1)
+        _release(bars_at + (2 * STAGES + slot) * 8)
+        mbarrier.wait(bars.index(STAGES + slot), (it // STAGES) & 1)
+        _release(bars_at + (3 * STAGES + slot) * 8)
+        it += 1
+    return it
+
+
+@gluon.jit
+def _consume(
+    args, WG: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, PING_PONG: gl.constexpr,
+    OVERLAP: gl.constexpr, SINKS: gl.constexpr,
+):  # fmt: skip
+    """Consumer warp group number WG: its ROWS rows of every tile."""
+    q_desc, descs, out, lse_ptr, sinks_ptr, q_at, k_ring, v_smem, bars, bars_at, work, window, scale = args
+    m_tiles, q_heads = work[2:4]
+    seqlen_q, seqlen_k, left, right = window
+    dtype: gl.constexpr = q_desc.dtype
+    rows_layout: gl.constexpr = gl.SliceLayout(1, _accumulator(descs[0].block_type.shape[2]))
+    BLOCK_N: gl.constexpr = _first_row(descs, len(descs))
+    COUNT: gl.constexpr = CLUSTER * CONSUMERS * ROWS
+    # As wgmma's descriptors have them, in units of 16 bytes; bit 16 is a stride that swizzled tiles do not have.
+    q_at = (q_at + WG * (ROWS * D * 2)) // 16 | 0x10000
+    k_at = k_ring // 16 | 0x10000
+    _meet()
+    if PING_PONG and WG == CONSUMERS - 1:
+        _arrive(TURN, 256)
+    it = 0
+    steps = _steps(work, CLUSTER)
+    number = _number(0, work, CLUSTER)
+    for step in range(steps):
+        tile_row = number % m_tiles * COUNT
+        flat = number // m_tiles
+        number = _number(gl.minimum(step + 1, steps - 1), work, CLUSTER)  # of the next one, in time
+        batch = flat // q_heads
+        head = flat % q_heads
+        row0 = tile_row + (gl.program_id(0) % CLUSTER * CONSUMERS + WG) * ROWS
+        first, stop, tile_first, tile_stop = _tile_range(tile_row, row0, window, COUNT, BLOCK_N, LEFT, RIGHT)
+        it = _skip(it, tile_stop - stop, bars, bars_at, WG, CONSUMERS, STAGES, PING_PONG)
+
+        shared = (q_at, k_at, v_smem, bars, bars_at)
+
+        # The last KV tile, alone: no weights to multiply by V yet. It is the only one that can reach past the end of K.
+        slot = it % STAGES
+        mbarrier.wait(bars.index(4 * STAGES + WG), step & 1)
+        mbarrier.wait(bars.index(slot), (it // STAGES) & 1)
+        if PING_PONG:
+            _sync(TURN + WG, 256)
+        pieces = _issue_scores(q_at, k_at + slot * (BLOCK_N * D * 2 // 16), dtype, BLOCK_N, D)
+        if PING_PONG:
+            _arrive(TURN + (WG + 1) % CONSUMERS, 256)
+        s = _wait_scores(pieces, 0, descs)
+        _release(bars_at + (2 * STAGES + slot) * 8)
+        s = _mask_parts(s, row0, (stop - 1) * BLOCK_N, window, descs, LEFT, RIGHT)
+        m_i = gl.full([ROWS], float("-inf"), gl.float32, rows_layout)
+        m_new = _new_max(s, m_i)
+        weights, alpha, l_i = _weights(s, m_i, m_new, scale)
+        m_i = m_new
+        packed = _pack_parts(weights, dtype)
+        o = gl.zeros([ROWS, DV], gl.float32, _accumulator(DV))
         it += 1
 
-        for _ in range(n_tiles - 1):
-            slot = it % STAGES
-            v_slot = (it - 1) % STAGES
-            mbarrier.wait(bars.index(slot), (it // STAGES) & 1)
-            if PING_PONG:
-                _sync(TURN + WG, 256)
-            pieces = _issue_scores(q_at, k_base + slot * (K_GROUPS * 64), dtype, BLOCK_N, D)
-            mbarrier.wait(bars.index(STAGES + v_slot), ((it - 1) // STAGES) & 1)
-            o, p = _accumulate_parts(
-                packed, smem, V_FIRST + v_slot * V_GROUPS, v_descs, o, dtype, p_layout, DV // COLUMNS
-            )
-            if PING_PONG:
-                _arrive(TURN + (WG + 1) % CONSUMERS, 256)
-            s = _wait_scores(pieces, PARTS, v_descs)
-            _release(empty + slot * 8)
-            weights, m_i, alpha, sums = _softmax_parts(s, m_i, scale, rows_layout)
-            l_i = _rescale(l_i, alpha) + sums
-            o = _wait_output(o, p)
-            _release(empty + (STAGES + v_slot) * 8)
-            packed = _pack_parts(weights, dtype)
-            o = _rescale(o, alpha)
-            it += 1
-        mbarrier.arrive(q_empty.index(WG), count=1)
+        # Downwards from the last but one: tiles at an edge, tiles in which nothing is hidden, tiles at the other edge.
+        tile = stop - 1
+        open_stop = tile
+        if RIGHT:
+            open_stop = gl.minimum(open_stop, gl.maximum(gl.minimum(row0 + right + 1, seqlen_k), 0) // BLOCK_N)
+            open_stop = gl.maximum(open_stop, first)
+            o, packed, l_i, m_i, it = _kv_loop(
+                o, packed, l_i, m_i, it, tile, open_stop, row0, scale, descs, shared, window,
+                WG, CONSUMERS, STAGES, PING_PONG, OVERLAP, True, LEFT, RIGHT, D, dtype,
+            )  # fmt: skip
+        open_first = first
+        if LEFT:
+            low = gl.maximum(gl.minimum(row0 + ROWS, seqlen_q) - 1 - left, 0)
+            open_first = gl.minimum(gl.maximum(open_first, (low + BLOCK_N - 1) // BLOCK_N), open_stop)
+        o, packed, l_i, m_i, it = _kv_loop(
+            o, packed, l_i, m_i, it, open_stop, open_first, row0, scale, descs, shared, window,
+            WG, CONSUMERS, STAGES, PING_PONG, OVERLAP, False, LEFT, RIGHT, D, dtype,
+        )  # fmt: skip
+        if LEFT:
+            o, packed, l_i, m_i, it = _kv_loop(
+                o, packed, l_i, m_i, it, open_first, first, row0, scale, descs, shared, window,
+                WG, CONSUMERS, STAGES, PING_PONG, OVERLAP, True, LEFT, RIGHT, D, dtype,
+            )  # fmt: skip
+        mbarrier.arrive(bars.index(4 * STAGES + CONSUMERS + WG), count=1)
 
         v_slot = (it - 1) % STAGES
         mbarrier.wait(bars.index(STAGES + v_slot), ((it - 1) // STAGES) & 1)
-        o, p = _accumulate_parts(packed, smem, V_FIRST + v_slot * V_GROUPS, v_descs, o, dtype, p_layout, DV // COLUMNS)
+        o, p = _accumulate_parts(packed, v_smem, v_slot, o, dtype)
         factor = _finish_rows(l_i, m_i * scale, sinks_ptr, lse_ptr, head, flat, row0, seqlen_q, SINKS, rows_layout)
         o = _wait_output(o, p)
-        _release(empty + (STAGES + v_slot) * 8)
-        o = _rescale(o, factor)
-        _store(o, out, batch, head, row0, seqlen_q, dtype)
-        step += 1
+        _release(bars_at + (3 * STAGES + v_slot) * 8)
+        it = _skip(it, first - tile_first, bars, bars_at, WG, CONSUMERS, STAGES, PING_PONG)
+        _store(_rescale(o, factor), out, batch, head, row0, seqlen_q, dtype)
     _meet()
 
 
 @gluon.jit
 def _idle():
-    """The producer's warp group has four warps, and all of them have to meet."""
+    """A warp group has four warps, the producer's too, and all of them have to meet."""
     _meet()
     _meet()
 
 
 @gluon.jit
-def _two_or_three(first, second, third):
-    if third is None:
+def _v_ring(desc, STAGES: gl.constexpr, DV: gl.constexpr):
+    return gl.allocate_shared_memory(desc.dtype, [STAGES, 1, 1, desc.block_type.shape[2], DV], desc.layout)
+
+
+@gluon.jit
+def _parts(first, second, third):
+    if second is None:
+        return (first,)
+    elif third is None:
         return (first, second)
     else:
         return (first, second, third)
 
 
 @gluon.jit(
-    do_not_specialize=["pairs", "pairs_of_head", "q_heads", "group", "seqlen_q", "seqlen_k"],
+    do_not_specialize=["tiles", "m_tiles", "q_heads", "group", "seqlen_q", "seqlen_k", "left", "right"],
     do_not_specialize_on_alignment=["sinks_ptr"],
 )  # fmt: skip
 def forward_plain_kernel(
-    q_desc, k_desc, k_desc2, k_desc3, v_desc, v_desc2, v_desc3, out, lse_ptr, sinks_ptr,
-    pairs, pairs_of_head, q_heads, group, seqlen_q, seqlen_k, scale,
-    DV: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr, CONSUMER_REGS: gl.constexpr,
+    q_desc, k_desc, k_desc2, k_desc3, v_desc, v_desc2, v_desc3, out, lse_ptr, order_ptr, sinks_ptr,
+    tiles, m_tiles, q_heads, group, seqlen_q, seqlen_k, left, right, scale,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr, CONSUMER_REGS: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
-    D: gl.constexpr = q_desc.block_type.shape[3]
-    k_descs = _two_or_three(k_desc, k_desc2, k_desc3)
-    v_descs = _two_or_three(v_desc, v_desc2, v_desc3)
-    BLOCK_N: gl.constexpr = _first_row(v_descs, len(v_descs))
-    BARS: gl.constexpr = CONSUMERS * _groups(ROWS, D) + STAGES * (_groups(BLOCK_N, D) + _groups(BLOCK_N, DV))
-    smem = gl.allocate_shared_memory(q_desc.dtype, [BARS + 1, 1, 1, GROUP, COLUMNS], q_desc.layout)
-    address = _own_address(smem)
-    q_full = _barriers(CONSUMERS)
-    q_empty = _barriers(CONSUMERS)
-    # Of K and of V, when a tile is there: STAGES each; and when the consumers of both CTAs have let go of it.
-    bars = reinterpret(smem.index(BARS), gl.int64, [4 * STAGES, 1], mbarrier.MBarrierLayout())
+    """The descriptors come first: `_bring` counts parameters.
+
+    Their blocks have 64 columns, those of K and V part of a tile's rows. D and DV are powers of two that hold the
+    head_dims. `out` is O, its strides and its head_dim. A cluster has row tiles of CLUSTER * CONSUMERS * ROWS rows.
+    """
+    k_descs = _parts(k_desc, k_desc2, k_desc3)
+    v_descs = _parts(v_desc, v_desc2, v_desc3)
+    BLOCK_N: gl.constexpr = _first_row(k_descs, len(k_descs))
+    PLACES: gl.constexpr = _places(BLOCK_N, D, CONSUMERS, STAGES)
+    smem = gl.allocate_shared_memory(q_desc.dtype, [PLACES[1] + 1, 1, 1, 8, COLUMNS], q_desc.layout)
+    v_smem = ()
+    for i in gl.static_range(len(v_descs)):
+        v_smem = v_smem + (_v_ring(v_descs[i], STAGES, DV),)
+    _write_addresses(PLACES[1] + STAGES * _groups(BLOCK_N, DV))
+    q_at = _address(smem)
+    v_rings = ()
+    for i in gl.static_range(len(v_descs)):
+        v_rings = v_rings + (_address(v_smem[i]),)
+    thread_barrier()
+    k_ring = q_at + PLACES[0] * GROUP
+    bars_at = q_at + PLACES[1] * GROUP
+    # When a tile of K is there, and one of V, STAGES each; when all warps of the cluster's consumers have let go of it;
+    # when Q is there, and when it may go, CONSUMERS each.
+    bars = reinterpret(smem.index(PLACES[1]), gl.int64, [16, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2 * STAGES):
         mbarrier.init(bars.index(i), count=1)
-        mbarrier.init(bars.index(2 * STAGES + i), count=2 * CONSUMERS * 4)
+        mbarrier.init(bars.index(2 * STAGES + i), count=CLUSTER * CONSUMERS * 4)
+    for i in gl.static_range(CONSUMERS):
+        mbarrier.init(bars.index(4 * STAGES + i), count=1)
+        mbarrier.init(bars.index(4 * STAGES + CONSUMERS + i), count=1)
+    gl.inline_asm_elementwise("st.shared.b32 [$1], 0; mov.u32 $0, 0;", "=r,r", [bars_at + ZERO], gl.int32, False, 1)
     fence_async_shared()
     gl.inline_asm_elementwise("fence.mbarrier_init.release.cluster; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
 
-    work = (pairs, pairs_of_head, q_heads, group, seqlen_k)
-    produce = (q_desc, k_descs, v_descs, smem, address, q_full, q_empty, bars, work)
-    consume = (
-        q_desc, v_descs, out, lse_ptr, sinks_ptr, smem, address, q_full, q_empty, bars, work, scale, seqlen_q,
-    )  # fmt: skip
+    work = (order_ptr, tiles, m_tiles, q_heads, group)
+    window = (seqlen_q, seqlen_k, left, right)
+    produce = (q_desc, k_descs, v_descs, q_at, k_ring, v_rings, bars, bars_at, work, window)
+    consume = (q_desc, v_descs, out, lse_ptr, sinks_ptr, q_at, k_ring, v_smem, bars, bars_at, work, window, scale)
     SINKS: gl.constexpr = sinks_ptr is not None
     gl.warp_specialize(
         [
-            (_consume, (consume, 0, BLOCK_N, D, DV, CONSUMERS, STAGES, PING_PONG, SINKS)),
-            (_consume, (consume, 1, BLOCK_N, D, DV, CONSUMERS, STAGES, PING_PONG, SINKS)),
-            (_produce, (produce, BLOCK_N, D, DV, CONSUMERS, STAGES)),
+            (_consume, (consume, 0, D, DV, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, OVERLAP, SINKS)),
+            (_consume, (consume, 1, D, DV, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, OVERLAP, SINKS)),
+            (_produce, (produce, D, DV, CONSUMERS, STAGES, LEFT, RIGHT)),
             (_idle, ()),
             (_idle, ()),
         ],

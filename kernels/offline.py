@@ -36,6 +36,7 @@ SHARED_LIMIT = 232448  # bytes a block may have on sm_90; triton does not check 
 SPILLS = 160, 10
 SPILLS_WITH_MASK = 448, 20
 SPILLS_OF_FP8 = 256, 8
+SPILLS_OF_PLAIN = 256, 12
 SPILLS_OF_BACKWARD = 600, 24
 SPILLS_IN_ORDER = 900, 100  # at head_dim 64; else up to 664 and 91 with 3.9, 400 and 8 with 3.6
 # Of 128 queries, in the backward, and with dropout: 3.6 has up to 764 and 38. With scales of tokens 3.9 has 912 and 98
@@ -153,6 +154,22 @@ def forward_case(
         spills = SPILLS_OF_LARGE_TILES
     store = "STG" if split else "UTMASTG"
     return Case(forward.forward_kernel, args, {"num_warps": 4}, budget, spills, store=store)
+
+
+def plain_case(head_dim: int, window: str, dtype: torch.dtype, sinks: bool = False) -> Case:
+    """The case of forward_plain_kernel that its tile table gives for a problem, as for `forward_case`."""
+    from fa3_inductor.kernels import forward
+
+    seqlen = 4096
+    empty = functools.partial(torch.empty, dtype=dtype, device="meta")
+    (q, out), (k, v) = ([empty(2, heads, seqlen, head_dim) for _ in range(2)] for heads in (8, 2))
+    tile = forward.PLAIN_TILES[head_dim, window != "full"][1]
+    grid, args = forward.plain_arguments(
+        q, k, v, out, empty(2, 8, seqlen, dtype=torch.float32), 0.1, *WINDOWS[window], empty(8) if sinks else None,
+        tile=tile, sm_count=132,
+    )  # fmt: skip
+    budget = {tile.consumer_regs, tile.producer_regs}
+    return Case(forward.forward_plain_kernel, args, {"num_warps": 4}, budget, SPILLS_OF_PLAIN, store="STG")
 
 
 # What formulas are compiled with: texts of a bias, a mask and a score, and the axes and dtypes of their tables.
@@ -304,6 +321,15 @@ def cases() -> dict[str, functools.partial]:
         ("d256-parts-mask", (256, 256, "window", bf16), dict(split=8, mask="bk", softcap=50.0)),
     ):
         made[f"forward-{name}"] = functools.partial(forward_case, *problem, **more)
+    for name, problem, more in (
+        ("d128-full", (128, "full", bf16), {}),
+        ("d128-causal", (128, "causal", bf16), {}),
+        ("d128-window-sinks", (128, "window", fp16), dict(sinks=True)),
+        ("d256-full", (256, "full", fp16), {}),
+        ("d256-causal", (256, "causal", bf16), {}),
+        ("d256-window", (256, "window", bf16), {}),
+    ):
+        made[f"forward-plain-{name}"] = functools.partial(plain_case, *problem, **more)
     for name, problem in problems.items():
         if problem[0] != 192:  # those are the 256's
             made[f"backward-{name}"] = functools.partial(backward_case, *problem)

@@ -2,12 +2,14 @@
 
     compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 1 python -m tests.hopper
 
-and the same with --tool racecheck.
+and the same with --tool racecheck. Names of PARTS choose among them.
 """
+
+import sys
 
 import torch
 
-from fa3_inductor.kernels import backward
+from fa3_inductor.kernels import backward, forward
 from fa3_inductor.kernels.backward import attention_backward
 from fa3_inductor.kernels.formulas import Formulas
 from fa3_inductor.kernels.forward import attention_forward
@@ -44,8 +46,7 @@ def cases() -> list[tuple[int, int, dict]]:
     ]
 
 
-def main() -> None:
-    torch.manual_seed(0)
+def every_kernel() -> None:
     one = torch.ones(1, 1, device="cuda")
     backward.multiprocessors = lambda device: 4  # so that CTAs take several tiles
     for head_dim, head_dim_v, options in cases():
@@ -65,6 +66,9 @@ def main() -> None:
                 attention_fp8(*eighths, one, one, one, bias, mask, sinks=sinks, **options)
         torch.cuda.synchronize()
         print(head_dim, head_dim_v, *options, flush=True)
+
+
+def one_query() -> None:
     some = torch.arange(3000, device="cuda") < torch.tensor([200, 2500], device="cuda").view(BATCH, 1, 1, 1)
     for head_dim, head_dim_v, options in (
         (128, 128, {}),
@@ -77,5 +81,25 @@ def main() -> None:
         print("one query", head_dim, head_dim_v, *options, flush=True)
 
 
+def plain() -> None:
+    forward.multiprocessors = lambda device: 4  # so that clusters take several tiles
+    for head_dim, options in (
+        (128, {}),
+        (120, dict(window_right=2700)),
+        (256, dict(sinks=rand(Q_HEADS))),
+        (256, dict(window_left=1500, window_right=100)),
+    ):
+        q, k, v = rand(1, Q_HEADS, 2300, head_dim), *(rand(1, KV_HEADS, 5000, head_dim) for _ in "kv")
+        window = forward.clipped(options.get("window_left"), options.get("window_right"), 2300, 5000)
+        assert forward.plain_tile_for(head_dim, head_dim, window, 2300, 5000), options
+        attention_forward(q, k, v, scale=0.1, **options)
+        torch.cuda.synchronize()
+        print("plain", head_dim, *options, flush=True)
+
+
+PARTS = {part.__name__: part for part in (every_kernel, one_query, plain)}
+
 if __name__ == "__main__":
-    main()
+    torch.manual_seed(0)
+    for name in sys.argv[1:] or PARTS:
+        PARTS[name]()

@@ -139,11 +139,28 @@ def drawn(seed, again, few=False):
     return (q, k, v), options
 
 
+def drawn_plain(seed, again):
+    """Likewise one with nothing on its scores but a window, of a head_dim that forward_plain_kernel has."""
+    pick = random.Random(seed)
+    b, (hq, hkv), sq, sk, edge = drawn_sizes(seed, again)
+    d, dv = pick.choice([(128, 128), (128, 128), (104, 120), (256, 256), (256, 256), (200, 232)])
+    dtype = pick.choice([torch.bfloat16, torch.float16])
+    shapes = (hq, sq, d), (hkv, sk, d), (hkv, sk, dv)
+    qkv = tuple(make(pick.choice(LAYOUTS), b, *shape, dtype) for shape in shapes)
+    options = drawn_window(pick, sq, sk, edge) | dict(scale=pick.choice([d**-0.5, 0.02, 0.5 * d**-0.5]))
+    if pick.random() < 0.3:
+        options["sinks"] = torch.randn(hq, device="cuda", dtype=pick.choice([dtype, torch.float32]))
+    return qkv, options
+
+
+def drawn_window(pick, sq, sk, edge):
+    left = pick.choice([None, None, None, 0, 100, sq, -5])
+    return dict(window_left=left, window_right=pick.choice([None, 0, sk - sq, edge]))
+
+
 def drawn_options(pick, b, hq, sq, sk, edge, dtype):
     """A window and terms on the scores, of those that all of the forward kernels take."""
-    options = dict(
-        window_left=pick.choice([None, None, None, 0, 100, sq, -5]), window_right=pick.choice([None, 0, sk - sq, edge])
-    )
+    options = drawn_window(pick, sq, sk, edge)
     some = lambda *sizes: [pick.choice([1, size, size]) for size in sizes]  # noqa: E731
     if pick.random() < 0.3:
         options["bias"] = torch.randn(some(b, hq, sq, sk), device="cuda", dtype=pick.choice([dtype, torch.float32]))

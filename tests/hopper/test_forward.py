@@ -16,7 +16,7 @@ from fa3_inductor.kernels import forward, launch
 from fa3_inductor.kernels.formulas import Formulas
 from fa3_inductor.kernels.forward import attention_forward
 
-from .problems import MASKS, SIZES, S, assert_as_good, drawn, eager, exactly, lies_like
+from .problems import MASKS, SIZES, S, assert_as_good, drawn, drawn_plain, eager, exactly, lies_like
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +34,37 @@ def poisoned(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, poisoning(getattr(torch.Tensor, name)))
 
 
+@pytest.fixture
+def plain(monkeypatch):
+    """What forward_plain_kernel can compute it does, however short. The list has a kernel for every preparation."""
+    prepared = []
+
+    def tile(head_dim, head_dim_v, window, seqlen_q, seqlen_k):
+        return forward.PLAIN_TILES[sum(forward.parts(head_dim)), window != (None, None)][1]
+
+    def prepare(kernel, *args):
+        prepared.append(kernel)
+        return real(kernel, *args)
+
+    real = launch.prepare
+    monkeypatch.setattr(launch, "prepare", prepare)
+    monkeypatch.setattr(forward, "plain_tile_for", tile)
+    monkeypatch.setattr(forward, "parts_of_keys", lambda *sizes: 1)
+    monkeypatch.setattr(forward, "_calls", {})
+    return prepared
+
+
 @pytest.mark.parametrize("seed", range(120))
 def test_matches_float64(seed):
     for again in SIZES:
         check(*drawn(seed, again))
+
+
+@pytest.mark.parametrize("seed", range(2000, 2060))
+def test_plain_matches_float64(seed, plain):
+    for again in SIZES:
+        check(*drawn_plain(seed, again))
+    assert plain and set(plain) == {forward.forward_plain_kernel}
 
 
 @pytest.mark.parametrize("seed", range(1000, 1060))
@@ -95,13 +122,46 @@ def launched(q, k, v, out, lse, right, sm_count=None):
     run(torch.cuda.current_stream().cuda_stream, *(x.data_ptr() for x in tensors))
 
 
-@pytest.mark.parametrize("heads, seqlen, head_dim", [(74, 1300, 64), (7, 700, 128), (21, 10000, 64), (3, 2000, 256)])
+def launched_plain(q, k, v, out, lse, right, sm_count=None):
+    tile = forward.PLAIN_TILES[q.shape[3], right is not None][1]
+    grid, args = forward.plain_arguments(q, k, v, out, lse, 0.1, None, right, tile=tile, sm_count=sm_count)
+    tensors = [x for x in (q, k, v, out, lse, args[forward._PLAIN_ORDER]) if x is not None]
+    run = launch.prepare(forward.forward_plain_kernel, grid, args, tuple(tensors), {"num_warps": 4}, forward.CLUSTER)
+    run(torch.cuda.current_stream().cuda_stream, *(x.data_ptr() for x in tensors))
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("right", [None, 0, 300, -300, -2000], ids=str)
+def test_plain_writes_all_of_the_output_and_nothing_else(head_dim, right):
+    q, k, v = (torch.randn(2, 2, 1000, head_dim, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
+    wide = torch.full((2, 2, 1192, head_dim), 7.0, device="cuda", dtype=torch.bfloat16)
+    out, lse = wide[:, :, :1000], torch.full((2, 2, 1000), math.nan, device="cuda")
+    out.fill_(math.nan)
+    launched_plain(q, k, v, out, lse, right)
+    exact, exact_lse = attention_reference(*(x.double() for x in (q, k, v)), scale=0.1, window_right=right)
+    assert_as_good(out, eager(q, k, v, 0.1, right), exact)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-4)
+    assert not out.isnan().any() and (wide[:, :, 1000:] == 7.0).all()
+
+
+@pytest.mark.parametrize(
+    "heads, seqlen, head_dim, run",
+    [
+        (74, 1300, 64, launched),
+        (7, 700, 128, launched),
+        (21, 10000, 64, launched),
+        (3, 2000, 256, launched),
+        (37, 1300, 128, launched_plain),
+        (11, 10000, 128, launched_plain),
+        (9, 2000, 256, launched_plain),
+    ],
+)
 @pytest.mark.parametrize("right", [None, 0])
 @pytest.mark.parametrize("sm_count", [132, 5])
-def test_every_tile_of_many(heads, seqlen, head_dim, right, sm_count):
+def test_every_tile_of_many(heads, seqlen, head_dim, run, right, sm_count):
     q, k, v = (torch.randn(1, heads, seqlen, head_dim, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
     out, lse = torch.full_like(q, math.nan), torch.full((1, heads, seqlen), math.nan, device="cuda")
-    launched(q, k, v, out, lse, right, sm_count)
+    run(q, k, v, out, lse, right, sm_count)
     for part in torch.arange(heads).split(4):  # float64 scores of a few heads at a time
         part_of = [x[:, part] for x in (q, k, v)]
         exact, exact_lse = attention_reference(*(x.double() for x in part_of), scale=0.1, window_right=right)
@@ -133,6 +193,22 @@ def test_bad_numbers_go_where_they_go_in_eager(head_dim, right, operand, value):
     assert exact.isfinite().logical_not().any()
     assert torch.equal(out.isnan(), exact.isnan()) and torch.equal(out.isinf(), exact.isinf())
     assert torch.equal(lse.isnan(), exact_lse.isnan())
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("right", [None, 0])
+@pytest.mark.parametrize("operand", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_bad_numbers_in_the_plain_kernel(plain, head_dim, right, operand, value):
+    test_bad_numbers_go_where_they_go_in_eager(head_dim, right, operand, value)
+    assert plain == [forward.forward_plain_kernel]
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_plain_repeats_bit_for_bit(plain, head_dim):
+    for left, right in ((None, None), (None, 0), (400, 0)):
+        test_repeats_bit_for_bit(head_dim, left, right, False)
+    assert plain == [forward.forward_plain_kernel] * 3
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -220,6 +296,27 @@ def test_in_a_thread_and_in_a_cuda_graph():
     q.copy_(torch.randn_like(q))
     graph.replay()
     assert torch.equal(out, attention_forward(q, k, v, scale=0.1, window_right=0)[0])
+
+
+@pytest.mark.parametrize("right", [None, 0])
+def test_long_sequences_take_the_plain_kernel(monkeypatch, right):
+    """By the tables; in a CUDA graph, with other addresses, and with neighbours that are no clusters."""
+    prepared, real = [], launch.prepare
+    monkeypatch.setattr(launch, "prepare", lambda kernel, *args: prepared.append(kernel) or real(kernel, *args))
+    monkeypatch.setattr(forward, "_calls", {})
+    q, k, v = (torch.randn(1, 8, 4200, 128, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
+    expected, _ = attention_forward(q, k, v, scale=0.1, window_right=right)
+    assert prepared == [forward.forward_plain_kernel]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        short, _ = attention_forward(*(x[:, :, :300] for x in (q, k, v)), scale=0.1, window_right=right)
+        out, _ = attention_forward(q, k, v, scale=0.1, window_right=right)
+        again, _ = attention_forward(q.clone(), k.clone(), v.clone(), scale=0.1, window_right=right)
+    for _ in range(3):
+        graph.replay()
+        assert torch.equal(out, expected) and torch.equal(again, expected)
+    exact, _ = attention_reference(*(x[:, :1].double() for x in (q, k, v)), scale=0.1, window_right=right)
+    assert_as_good(out[:, :1], eager(*(x[:, :1] for x in (q, k, v)), 0.1, right), exact)
 
 
 def test_first_seen_in_a_cuda_graph():
