@@ -85,6 +85,7 @@ def compile_offline(name: str, kernel, args: tuple, options: dict) -> Report:
         cubin.write_bytes(compiled.asm["cubin"])
         text = subprocess.run([_NVDISASM, "-c", cubin], capture_output=True, text=True, check=True).stdout
     messages = [line.strip() for line in log.splitlines() if "warning" in line.lower() or re.search(r"C75\d\d", line)]
+    messages += not_descriptors(compiled.asm["ptx"])
     code = sass.parse(text)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     return Report(
@@ -98,6 +99,13 @@ def compile_offline(name: str, kernel, args: tuple, options: dict) -> Report:
         max_regs=[int(i.split()[-1], 0) for i in code.instructions if i.startswith("USETMAXREG")],
         warnings=messages,
     )
+
+
+def not_descriptors(ptx: str) -> list[str]:
+    """What a kernel's own assembly takes for descriptors, by the number of a parameter, and what is none."""
+    descriptors = set(re.findall(r"\.param \.align 64 \.b8 (\w+_param_\d+)\[128\]", ptx))
+    taken = re.findall(r"mov\.b64 map, (\w+_param_\d+);", ptx)
+    return [f"{name} is no descriptor" for name in sorted(set(taken) - descriptors)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import types
 
 
-def as_python(function):
-    """The function behind `@gluon.jit`."""
+def as_python(function, **names):
+    """The function behind `@gluon.jit`; `names` are those that it uses of its module."""
     gl = types.SimpleNamespace(minimum=min, maximum=max)
-    return types.FunctionType(function.fn.__code__, {"gl": gl})
+    return types.FunctionType(function.fn.__code__, {"gl": gl, **names})

@@ -137,5 +137,17 @@ def test_reading_an_operand_in_flight_is_fine(other):
     assert sass.early_writes(code(PRODUCT, other)) == []
 
 
+def test_parameters_taken_for_descriptors():
+    ptx = """
+        .param .align 64 .b8 some_kernel_param_0[128],
+        .param .u32 some_kernel_param_1,
+        .param .align 64 .b8 some_kernel_param_9[128],
+        mov.b64 map, some_kernel_param_{};
+    """
+    assert offline.not_descriptors(ptx.format(9)) == []
+    for other in (1, 10):
+        assert offline.not_descriptors(ptx.format(other)) == [f"some_kernel_param_{other} is no descriptor"]
+
+
 def test_a_compiler_that_dies_is_reported():
     assert "does not compile" in offline.check("no-such-case")["violations"][0]

@@ -87,7 +87,7 @@ def plain() -> None:
         (128, {}),
         (120, dict(window_right=2700)),
         (256, dict(sinks=rand(Q_HEADS))),
-        (256, dict(window_left=1500, window_right=100)),
+        (256, dict(window_left=2000, window_right=1000)),
     ):
         q, k, v = rand(1, Q_HEADS, 2300, head_dim), *(rand(1, KV_HEADS, 5000, head_dim) for _ in "kv")
         window = forward.clipped(options.get("window_left"), options.get("window_right"), 2300, 5000)

@@ -143,6 +143,7 @@ def drawn_plain(seed, again):
     """Likewise one with nothing on its scores but a window, of a head_dim that forward_plain_kernel has."""
     pick = random.Random(seed)
     b, (hq, hkv), sq, sk, edge = drawn_sizes(seed, again)
+    sq = max(sq, 2)  # of one, query heads that share keys are the rows
     d, dv = pick.choice([(128, 128), (128, 128), (104, 120), (256, 256), (256, 256), (200, 232)])
     dtype = pick.choice([torch.bfloat16, torch.float16])
     shapes = (hq, sq, d), (hkv, sk, d), (hkv, sk, dv)

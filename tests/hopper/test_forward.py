@@ -304,7 +304,7 @@ def test_long_sequences_take_the_plain_kernel(monkeypatch, right):
     prepared, real = [], launch.prepare
     monkeypatch.setattr(launch, "prepare", lambda kernel, *args: prepared.append(kernel) or real(kernel, *args))
     monkeypatch.setattr(forward, "_calls", {})
-    q, k, v = (torch.randn(1, 8, 4200, 128, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
+    q, k, v = (torch.randn(1, 8, 8200, 128, device="cuda", dtype=torch.bfloat16) for _ in "qkv")
     expected, _ = attention_forward(q, k, v, scale=0.1, window_right=right)
     assert prepared == [forward.forward_plain_kernel]
     graph = torch.cuda.CUDAGraph()

@@ -139,6 +139,74 @@ def test_parts(head_dim):
     assert head_dim <= sum(parts) < max(1.29 * head_dim, head_dim + 16)
 
 
+@pytest.mark.parametrize("block_n", [80, 128, 160])
+@pytest.mark.parametrize("seqlen_q, seqlen_k", [(1000, 700), (300, 300), (130, 2000)])
+def test_clusters_have_the_tiles_that_their_consumers_count(block_n, seqlen_q, seqlen_k):
+    """What a consumer has and what it skips is what both producers bring, and the rows past the end have one tile."""
+    tile_range = as_python(
+        forward_kernel._tile_range, _window_range=as_python(forward_kernel._window_range), ROWS=forward.ROWS
+    )
+    rows = 2 * forward.CLUSTER * forward.ROWS
+    for window_left, window_right in itertools.product([None, -300, -1, 0, 63, 200, 5000], repeat=2):
+        left, right = forward.clipped(window_left, window_right, seqlen_q, seqlen_k)
+        window, edges = (seqlen_q, seqlen_k, left or 0, right or 0), (left is not None, right is not None)
+        lengths = forward.kv_tiles(seqlen_q, seqlen_k, left, right, rows, block_n)
+        for length, tile_row in zip(lengths, range(0, seqlen_q, rows), strict=True):
+            brought = tile_range(tile_row, tile_row, window, rows, block_n, *edges)[2:]
+            assert brought[1] - brought[0] == length
+            for row in range(tile_row, tile_row + rows, forward.ROWS):
+                first, stop, *tile = tile_range(tile_row, row, window, rows, block_n, *edges)
+                assert tuple(tile) == brought and brought[0] <= first < stop <= brought[1], (window, row)
+                assert row < seqlen_q or (first, stop) == (brought[0], brought[0] + 1)
+
+
+PLAIN = {  # head_dims, window and lengths: the keys of a tile, or None
+    (128, 128, None, None, 4096, 4096): 160,
+    (120, 104, None, None, 4096, 4096): 160,
+    (128, 128, None, None, 2048, 2048): None,
+    (128, 128, None, None, 4000, 4096): 160,
+    (128, 128, None, None, 1400, 4096): None,  # six tiles of 256 rows are 9 hundredths more than there are
+    (128, 128, None, 0, 4096, 4096): None,
+    (128, 128, None, 0, 8192, 8192): 128,
+    (128, 128, 1024, 0, 16384, 16384): None,
+    (128, 128, 6000, 0, 16384, 16384): 128,
+    (256, 256, None, None, 1024, 1024): 80,
+    (256, 256, None, 0, 4096, 4096): 80,
+    (256, 256, None, None, 1024, 900): None,
+    (256, 128, None, None, 4096, 4096): None,
+    (64, 64, None, None, 16384, 16384): None,
+    (192, 128, None, None, 16384, 16384): None,
+    (96, 96, None, None, 16384, 16384): None,
+}
+
+
+@pytest.mark.parametrize("problem", PLAIN, ids=str)
+def test_which_problems_the_plain_kernel_gets(problem):
+    head_dim, head_dim_v, left, right, seqlen_q, seqlen_k = problem
+    window = forward.clipped(left, right, seqlen_q, seqlen_k)
+    tile = forward.plain_tile_for(head_dim, head_dim_v, window, seqlen_q, seqlen_k)
+    assert (tile and tile.block_n) == PLAIN[problem]
+
+
+@pytest.mark.parametrize("width, windowed", forward.PLAIN_TILES)
+def test_arguments_of_the_plain_kernel(width, windowed):
+    """Descriptors come first, those of K and of V cut a tile in the same parts, and there is room for all."""
+    tile = forward.PLAIN_TILES[width, windowed][1]
+    q, k = (torch.empty(3, heads, 1000, width, device="meta", dtype=torch.float16) for heads in (6, 2))
+    out = torch.empty(3, 1000, 6, width, device="meta", dtype=torch.float16).transpose(1, 2)
+    lse, right = torch.empty(3, 6, 1000, device="meta"), 0 if windowed else None
+    grid, args = forward.plain_arguments(q, k, k, out, lse, 0.1, None, right, tile=tile, sm_count=25)
+    assert grid == (24, 1, 1)
+    q_desc, *of_k_and_v = args[:7]
+    of_k, of_v = ([desc.block_shape[2] for desc in half if desc] for half in (of_k_and_v[:3], of_k_and_v[3:]))
+    assert of_k == of_v == sorted(of_k, reverse=True) and sum(of_k) == tile.block_n
+    assert all(desc.block_shape[3] == 64 and desc.base is x for desc, x in zip(of_k_and_v, (k,) * 6) if desc)
+    assert args[7] == (out, 6000 * width, width, 6 * width, width) and args[8] is lse
+    assert (args[forward._PLAIN_ORDER] is not None) == windowed
+    shared = 2 * (2 * forward.ROWS * width + forward.STAGES * tile.block_n * 2 * width)
+    assert shared + 2048 <= offline.SHARED_LIMIT
+
+
 @pytest.mark.parametrize("with_terms", [False, True])
 @pytest.mark.parametrize("windowed", [False, True])
 @pytest.mark.parametrize("seqlen", [512, 4096])

@@ -366,6 +366,13 @@ def test_prepare_and_launch(compiled, library):
     assert len(library.calls) == 1  # the addresses are those of the maps
 
 
+def test_clusters_are_asked_for_once(compiled, library):
+    args, tensors = operands()
+    for _ in range(2):
+        launch.prepare(Kernel(compiled, shared=49152), (6, 1, 1), args, tensors, {}, 2)
+    assert library.named("cuFuncSetAttribute") == [(0xF0, 11, 2), (0xF0, 12, 1), (0xF0, 13, 1)]
+
+
 def test_little_shared_memory_needs_no_asking(compiled, library):
     made, addresses = prepared(compiled, shared=49152)
     assert not library.named("cuFuncSetAttribute")
