@@ -478,9 +478,8 @@ def _kv_loop(
 
 @gluon.jit
 def _skip(
-    it, count, bars, bars_at, WG: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    PING_PONG: gl.constexpr,
-):  # fmt: skip
+    it, count, bars, bars_at, WG: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr
+):
     """Lets go of `count` KV tiles that only others' rows see, each not before it is there."""
     for _ in range(count):
         slot = it % STAGES
@@ -497,9 +496,8 @@ def _skip(
 
 @gluon.jit
 def _consume(
-    args, WG: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, CONSUMERS: gl.constexpr,
-    STAGES: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, PING_PONG: gl.constexpr,
-    OVERLAP: gl.constexpr, SINKS: gl.constexpr,
+    args, WG: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr, SINKS: gl.constexpr,
 ):  # fmt: skip
     """Consumer warp group number WG: its ROWS rows of every tile."""
     q_desc, descs, out, lse_ptr, sinks_ptr, q_at, k_ring, v_smem, bars, bars_at, work, window, scale = args
@@ -512,6 +510,7 @@ def _consume(
     # As wgmma's descriptors have them, in units of 16 bytes; bit 16 is a stride that swizzled tiles do not have.
     q_at = (q_at + WG * (ROWS * D * 2)) // 16 | 0x10000
     k_at = k_ring // 16 | 0x10000
+    shared = (q_at, k_at, v_smem, bars, bars_at)
     _meet()
     if PING_PONG and WG == CONSUMERS - 1:
         _arrive(TURN, 256)
@@ -527,8 +526,6 @@ def _consume(
         row0 = tile_row + (gl.program_id(0) % CLUSTER * CONSUMERS + WG) * ROWS
         first, stop, tile_first, tile_stop = _tile_range(tile_row, row0, window, COUNT, BLOCK_N, LEFT, RIGHT)
         it = _skip(it, tile_stop - stop, bars, bars_at, WG, CONSUMERS, STAGES, PING_PONG)
-
-        shared = (q_at, k_at, v_smem, bars, bars_at)
 
         # The last KV tile, alone: no weights to multiply by V yet. It is the only one that can reach past the end of K.
         slot = it % STAGES
