@@ -18,7 +18,7 @@ from torch.fx import Node
 from .algebra import Algebra, Choice, Opaque, Value, is_condition, round_to
 from .indices import Index, broadcast_index, is_nonnegative, shape_exprs
 from .layouts import NO_GRAD, argument, layout_step, packet, tensor
-from .magnitude import bounds, magnitude
+from .magnitude import bounds, least, magnitude
 from .operands import Roles, side_operand
 from .spec import Formula, Operand, Rejected
 
@@ -131,6 +131,14 @@ _WITH_NUMBERS: dict[torch._ops.OpOverloadPacket, tuple[tuple[tuple[str, float | 
         (("beta", 1.0), ("threshold", 20.0)),
         "where({beta} * {x} > {threshold}, {x}, log(1.0 + exp({beta} * {x})) / {beta})",
     ),
+}
+# Functions with a pole: which argument has it, and where.
+_POLES = {
+    aten.log: (0, 0.0),
+    aten.log1p: (0, -1.0),
+    aten.rsqrt: (0, 0.0),
+    aten.reciprocal: (0, 0.0),
+    aten.div: (1, 0.0),
 }
 _OPERATIONS = {*_ARITHMETIC, *_OF_ONE_REAL, *_OF_TWO, *_WITH_NUMBERS}
 _OPERATIONS |= {aten.rsub, aten.div, aten.neg, aten.abs, aten.pow}
@@ -284,6 +292,8 @@ class _Writer:
         kind = packet(node)
         if self._is_of_source(node) and kind not in (aten.mul, aten.div) and not self._is_finite_beside_scores(node):
             raise _Inexpressible
+        if self._is_of_source(node) and self._may_divide_by_zero(node):
+            raise _Inexpressible
         if kind in _CASTS:
             return self._cast(node, index)
         if kind in (aten.where, aten.masked_fill) and len(node.args) == 3:
@@ -341,6 +351,18 @@ class _Writer:
         """
         tensors = [x for x in node.all_input_nodes if isinstance(x.meta.get("val"), torch.Tensor)]
         return all(self._is_of_source(x) or bounds(x) is not None for x in tensors)
+
+    def _may_divide_by_zero(self, node: Node) -> bool:
+        """Whether a function that has a pole may come to it by way of the scores: to -inf, as above."""
+        kind = packet(node)
+        place, pole = _POLES.get(kind, (0, None))
+        if kind is aten.pow and isinstance(node.args[1], (int, float)) and node.args[1] < 0:
+            pole = 0.0
+        if pole is None or not isinstance(x := node.args[place], Node) or not self._is_of_source(x):
+            return False
+        found, away = bounds(x), torch.finfo(tensor(x).dtype).tiny if tensor(x).is_floating_point() else 0.5
+        is_below = found is not None and found[1] < pole - away
+        return not (is_below or least(x) > pole + away)
 
     def _with_numbers(self, node: Node, index: Index) -> _Text:
         """A function of one real and numbers. One of None is none at all."""

@@ -33,6 +33,9 @@ _SELECTIONS += (aten.repeat_interleave, aten.embedding, aten.flip, aten.roll, at
 _SELECTIONS += (aten.detach, aten.lift_fresh, aten.lift_fresh_copy, aten.broadcast_to, aten.split, aten.chunk)
 _SELECTIONS += (aten.unbind, aten.take_along_dim, aten.diagonal, aten.narrow)
 
+_CASTS = (aten._to_copy, aten.to, aten.type_as)
+_NOT_NEGATIVE = (aten.exp, aten.exp2, aten.abs, aten.relu, aten.sigmoid, aten.square, aten.softplus, aten.sqrt)
+
 # What these make of activations is as large as the scores, which are products of such.
 _LAYERS = (aten.linear, aten.conv1d, aten.conv2d, aten.convolution, aten.layer_norm, aten.rms_norm, aten.group_norm)
 
@@ -55,6 +58,28 @@ def magnitude(node: Node) -> float:
     """The largest absolute value of a tensor, infinite if it is not known to be finite."""
     found = bounds(node)
     return math.inf if found is None else max(abs(found[0]), abs(found[1]))
+
+
+def least(node: object) -> float:
+    """What a tensor or number is never below, up to rounding, also if it may be +inf; -inf if that is not known."""
+    if (found := bounds(node)) is not None:
+        return found[0]
+    if not isinstance(node, Node) or node.op != "call_function":
+        return -math.inf
+    kind = packet(node)
+    if kind in _SELECTIONS or kind in _CASTS:
+        return least(node.args[0])
+    if kind in _NOT_NEGATIVE or (kind is aten.pow and node.args[1] in (2, 4)):
+        return 0.0
+    if kind is aten.add and argument(node, 2, "alpha", 1) == 1:
+        return least(node.args[0]) + least(node.args[1])
+    if kind is aten.mul:
+        low, other = map(least, node.args[:2])
+        return low * other if low >= 0 and other >= 0 else -math.inf
+    if kind in (aten.clamp, aten.clamp_min):
+        low = argument(node, 1, "min")
+        return least(node.args[0]) if low is None else max(least(node.args[0]), least(low))
+    return -math.inf
 
 
 def may_have_gradient(node: Node) -> bool:

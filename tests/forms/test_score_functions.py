@@ -283,3 +283,44 @@ def test_infinities_inside_a_function(how, dynamic):
     compiled = torch.compile(attention, backend="fa3_inductor", dynamic=dynamic, options={"target": "reference"})
     with torch.no_grad():
         torch.testing.assert_close(compiled(*args), attention(*args), equal_nan=True)
+
+
+POLES = {
+    "log": lambda s: s.relu().log(),
+    "log1p": lambda s: torch.log1p(s.relu() - 1.0),
+    "over": lambda s: -1.0 / s.relu(),
+    "reciprocal": lambda s: -s.relu().reciprocal(),
+    "rsqrt": lambda s: -s.abs().clamp(max=0.0).rsqrt(),
+    "power": lambda s: -(s.relu() ** -0.5),
+}
+
+
+@pytest.mark.parametrize("how", POLES)
+def test_functions_that_may_be_minus_infinity_of_every_score(how):
+    """Softmax makes NaN of a row of nothing else; a kernel would take its keys for hidden ones."""
+    fn, args = attend(lambda s: POLES[how](s - 50.0)), arguments(())
+    compiled, report = fuse(fn, target="reference")
+    with torch.no_grad():
+        expected = fn(*args)
+        torch.testing.assert_close(compiled(*args), expected, equal_nan=True)
+    assert expected.isnan().all() and [site.status for site in report.sites] != ["fused"]
+
+
+NO_POLES = {
+    "log1p of relu": lambda s: s.relu().log1p(),
+    "softplus by hand": lambda s: torch.log(1.0 + torch.exp(s)),
+    "softsign": lambda s: s / (1.0 + s.abs()),
+    "softsign of a square": lambda s: s * (s**2 + 1.0).rsqrt(),
+    "log of what is clamped": lambda s: s.clamp(min=0.1).log(),
+    "over a number": lambda s: s.relu() / 3.0,
+    "over less than nothing": lambda s: s / (-2.0 - torch.sigmoid(s)),
+}
+
+
+@pytest.mark.parametrize("how", NO_POLES)
+def test_functions_that_stay_away_from_their_pole(how):
+    fn, args = attend(NO_POLES[how]), arguments(())
+    compiled, report = fuse(fn, target="reference")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*args), fn(*args))
+    assert [site.status for site in report.sites] == ["fused"], report
