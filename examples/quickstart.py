@@ -1,6 +1,6 @@
 """Trains a small GPT with hand-written attention twice, with stock torch.compile and with fa3_inductor, side by side.
 
-Run: python examples/quickstart.py [--steps N]
+Run: python examples/quickstart.py [--steps N] [--other-seeds N]
 
 The attention is written the way nanoGPT writes it: a causal mask kept as a buffer, masked_fill with -inf, softmax.
 The text is 30 of Shakespeare's sonnets (sonnets.txt beside this file; in the public domain). Without a GPU everything
@@ -99,8 +99,8 @@ class PeakMemory:
         return int(line.split()[1]) / 2**10
 
 
-def train(backend: str, steps: int | None) -> dict:
-    """Trains from the same seed on the same batches; only the backend differs."""
+def train(backend: str, steps: int | None, seed: int) -> dict:
+    """One run: the seed says what weights it starts from and what batches it sees."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = dict(ON_GPU if device == "cuda" else ON_CPU)
     batch, default_steps = size.pop("batch"), size.pop("steps")
@@ -108,7 +108,7 @@ def train(backend: str, steps: int | None) -> dict:
     symbols = sorted(set(text))
     data = torch.tensor([symbols.index(ch) for ch in text])
 
-    torch.manual_seed(1337)
+    torch.manual_seed(seed)
     model = GPT(len(symbols), **size).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     compiled = torch.compile(model, backend=backend)
@@ -142,16 +142,19 @@ def train(backend: str, steps: int | None) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, help="training steps, more than 3 (default: 40 on a CPU, 200 on a GPU)")
-    steps = parser.parse_args().steps
+    parser.add_argument("--other-seeds", type=int, default=0, help="train without the pass from as many more seeds")
+    options = parser.parse_args()
+    steps = options.steps
     if steps is not None and steps <= 3:
         parser.error("--steps has to be more than 3: the first three warm up")
 
-    results = {}
-    for backend in ("inductor", "fa3_inductor"):
-        print(f"training with torch.compile(model, backend={backend!r}) ...", flush=True)
+    def run(backend: str, seed: int = 1337) -> dict:
+        print(f"training with torch.compile(model, backend={backend!r}) from seed {seed} ...", flush=True)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
-            results[backend] = child.submit(train, backend, steps).result()
-    stock, fused = results["inductor"], results["fa3_inductor"]
+            return child.submit(train, backend, steps, seed).result()
+
+    stock, fused = run("inductor"), run("fa3_inductor")
+    others = [run("inductor", seed) for seed in range(1, options.other_seeds + 1)]
 
     print("\nWhat fa3_inductor did:\n")
     print(fused["report"])
@@ -161,6 +164,14 @@ def main() -> None:
         print(f"{f'loss, step {step}':>24}{stock['losses'][step]:>14.5f}{fused['losses'][step]:>14.5f}")
     for name, key in (("time per step, ms", "milliseconds"), ("peak memory, MiB", "memory")):
         print(f"{name:>24}{stock[key]:>14.1f}{fused[key]:>14.1f}")
+
+    if others:
+        late = -(-len(stock["losses"]) // 10)
+        means = [statistics.mean(result["losses"][-late:]) for result in (stock, fused, *others)]
+        print(
+            f"\nmean loss of the last {late} steps: {means[0]:.4f}, with the pass {means[1]:.4f}, and from other seeds"
+        )
+        print(f"without it {', '.join(f'{mean:.4f}' for mean in means[2:])}")
 
     if not fused["report"].fused:
         raise SystemExit("no attention was fused: the report above says why")
