@@ -541,7 +541,10 @@ def _shape_scores(
         if term.kind is TermKind.DROP:
             x = emit.call(torch.logical_not, x)
         if as_written:
-            bias = emit.call(torch.where, x, 0.0 if bias is None else bias, term.fill)
+            fill = term.fill
+            if bias is not None and math.isfinite(fill):  # of float32, it may be infinite in the bias' dtype
+                fill = max(fill, torch.finfo(fake_value(bias).dtype).min)
+            bias = emit.call(torch.where, x, 0.0 if bias is None else bias, fill)
         else:
             mask = x if mask is None else emit.call(torch.logical_and, mask, x)
     if bias is None or not lifts:

@@ -89,9 +89,11 @@ class Scores:
 
     With a ``softcap``, ``softcap * tanh(scale * product / softcap)`` takes the place of ``scale * product``.
     ``shifted`` says that what a softmax does not see was added (a number, a row's maximum), which a soft cap or a sink
-    that comes after it would. ``sink`` is one more column that was joined to the scores, and ``along`` the index
-    expressions that have to be the keys': where it was joined, and where a row's maximum was taken. ``factors`` are
-    tensors that scale the product as well. A ``function`` of the product may stand in place of a soft cap and factors.
+    that comes after it would; ``lowered``, that it was the maximum of rows that masks may have left nothing but -inf
+    (NaN then) or very low numbers (ordinary ones then), which a mask that comes after it would see. ``sink`` is one
+    more column that was joined to the scores, and ``along`` the index expressions that have to be the keys': where it
+    was joined, and where a row's maximum was taken. ``factors`` are tensors that scale the product as well. A
+    ``function`` of the product may stand in place of a soft cap and factors.
     ``linear`` is the last place in the chain where there is nothing but the product and ``scale``, ``shaped`` the last
     one before anything is added, with the number of factors there and the scale.
     """
@@ -103,6 +105,7 @@ class Scores:
     words: tuple[str, ...]
     softcap: sympy.Expr | None = None
     shifted: bool = False
+    lowered: bool = False
     sink: tuple[Node, Index] | sympy.Expr | None = None
     along: tuple[sympy.Expr, ...] = ()
     factors: tuple["Factor", ...] = ()
@@ -306,6 +309,7 @@ def _raised(algebra: Algebra, node: Node, index: Index) -> Scores:
         what = f"'{node.name}' raises scores to something else than a hugely negative number"
         return _function(node, index, scores, NotScores(Reason.SCORE_OP, what))
     _check_no_sink(scores, node)
+    _check_not_lowered(scores, node)
     if any(isinstance(t, Added) and t.raised is not None for t in scores.terms):
         raise NotScores(Reason.SCORE_OP, f"'{node.name}' raises scores that were raised before")
     least = round_to(least, tensor(node).dtype)
@@ -330,10 +334,12 @@ def _added(algebra: Algebra, node: Node, index: Index) -> Scores:
     if maximum is not None:  # a softmax over the same keys does not see it, infinities and NaN included
         nodes, dim = maximum
         scores = dataclasses.replace(scores, nodes=(*nodes, *scores.nodes))
-        shifted = scores.shifted or scores.sink is None
-        return _extend(scores, node, along=(*scores.along, index[dim]), shifted=shifted)
+        about = dict(shifted=scores.shifted or scores.sink is None, lowered=scores.lowered or bool(scores.terms))
+        return _extend(scores, node, along=(*scores.along, index[dim]), **about)
     _check_no_sink(scores, node)
     terms = _split_sum(algebra, other, other_index, factors[1 - position], tensor(node).dtype)
+    if terms:
+        _check_not_lowered(scores, node)
     shifted = scores.shifted or not terms
     return _extend(scores, node, "+ mask", terms=scores.terms + terms, shifted=shifted)
 
@@ -411,6 +417,12 @@ def _check_no_sink(scores: Scores, node: Node) -> None:
         raise NotScores(Reason.SCORE_OP, f"'{node.name}' changes scores that a sink was joined to")
 
 
+def _check_not_lowered(scores: Scores, node: Node) -> None:
+    if scores.lowered:
+        what = f"'{node.name}' masks scores less their maximum, which were masked before"
+        raise NotScores(Reason.SCORE_OP, f"{what}: a row that this left no key is NaN by then, or as good as any other")
+
+
 def _split_sum(
     algebra: Algebra, node: Any, index: Index, coefficient: sympy.Expr, dtype: torch.dtype
 ) -> tuple[Added, ...]:
@@ -460,6 +472,7 @@ def _hidden(algebra: Algebra, node: Node, index: Index) -> Scores:
             failure = max(failure, error, key=lambda f: f.reason is not Reason.NO_PRODUCT)
             continue
         _check_no_sink(scores, node)
+        _check_not_lowered(scores, node)
         fill = algebra.value(fill_node, fill_index)
         if isinstance(fill, Choice) or is_condition(fill) or not (fill.is_number or fill in (sympy.oo, -sympy.oo)):
             what = f"'{node.name}' writes something other than one number over hidden scores"

@@ -1,5 +1,7 @@
 """Cases that the pass once got wrong, each the smallest that shows it."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -670,3 +672,40 @@ def test_a_factor_beside_a_mask_by_a_number():
         return (e / e.sum(-1, keepdim=True)) @ v
 
     same_as_eager(fn, [*qkv(), torch.ones(B, S, dtype=torch.bool)], grads=False, target="reference")
+
+
+def added_narrow_and_filled_wide(q, k, v, keep):
+    """The least number of float32 is -inf in the dtype of the mask that was added."""
+    s = q @ k.mT * 0.25 + torch.zeros(S, S, dtype=q.dtype).masked_fill(torch.ones(S, S).triu(1).bool(), -math.inf)
+    return s.float().masked_fill(~keep[:, None, None], torch.finfo(torch.float32).min).softmax(-1).to(q.dtype) @ v
+
+
+@TARGETS
+def test_the_least_number_of_a_wider_dtype(target):
+    keep = torch.arange(S)[None] >= torch.tensor([[0], [5]])
+    args = [*(x.bfloat16() for x in qkv()), keep]
+    report = same_as_eager(added_narrow_and_filled_wide, args, grads=False, target=target, atol=0.03)
+    assert [site.status for site in report.sites] == ["fused"]
+
+
+@TARGETS
+@pytest.mark.parametrize("number", [-math.inf, -1e9])
+def test_masked_less_their_maximum_and_masked_again(number, target):
+    """A row of -inf is NaN by then, and one of -1e9 is one of zeros."""
+
+    def fn(q, k, v, keep):
+        s = (q @ k.mT * 0.25).masked_fill(~keep[:, None, None], number)
+        s = s - s.amax(-1, keepdim=True)
+        return s.masked_fill(torch.ones(S, S).triu(1).bool(), -1e9).softmax(-1) @ v
+
+    same_as_eager(fn, [*qkv(), one_empty()], target=target)
+
+
+@TARGETS
+def test_masked_after_the_maximum_only(target):
+    def fn(q, k, v):
+        s = q @ k.mT * 0.25
+        return (s - s.amax(-1, keepdim=True)).masked_fill(torch.ones(S, S).triu(1).bool(), -1e9).softmax(-1) @ v
+
+    report = same_as_eager(fn, qkv(), target=target)
+    assert [site.status for site in report.sites] == ["fused"]

@@ -608,7 +608,9 @@ def odd_operation(w: Writer, s: str) -> None:
         m = visible(w)
         w.set(s, w.pick(f"{s} * {m}", f"{s} * {m}.to({s}.dtype)", f"{s} * {m} + (1.0 - {m}.to({s}.dtype)) * -1e9"))
     elif what == "power":
-        w.set(s, w.pick(f"{s} ** 2", f"{s}.abs()", f"torch.relu({s})", f"{s} * {s}", f"{s} + {s}", f"{s}.exp()"))
+        w.set(s, w.pick(f"{s} ** 2", f"{s}.abs()", f"torch.relu({s})", f"{s} * {s}", f"{s} + {s}", f"{s}.exp()",
+                        f"{s}.relu().log()", f"{s}.abs().log1p()", f"{s} / (1 + {s}.abs())", f"-1 / {s}.relu()",
+                        f"F.softplus({s})", f"torch.log(1 + {s}.exp())"))  # fmt: skip
     elif what == "clamped":
         w.set(s, w.pick(f"{s}.clamp(-1, 1)", f"{s}.clamp(max=2.0)", f"{s}.clamp(min=-2.0)", f"{s}.clamp(min=-1e4)"))
     elif what == "written":
