@@ -278,7 +278,7 @@ def check_terms(
 
 _calls: dict = {}
 _ORDER, _OPERANDS = 9, 12  # which arguments of the kernel they are
-_PLAIN_ORDER = 9
+_PLAIN_ORDER = 9  # of forward_plain_kernel
 _MAX_CALLS = 4096  # by shapes and strides: what a server with ever new lengths may hold on to
 
 

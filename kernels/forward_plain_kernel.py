@@ -195,13 +195,21 @@ def _bring_v(descs, batch, head, row, it, rings, bars, bars_at, DV: gl.constexpr
 
 
 @gluon.jit
+def _located(number, work, COUNT: gl.constexpr):
+    """Of a cluster's tile of COUNT rows the first row, its number among all heads', its batch and its head."""
+    m_tiles, q_heads = work[2:4]
+    flat = number // m_tiles
+    return number % m_tiles * COUNT, flat, flat // q_heads, flat % q_heads
+
+
+@gluon.jit
 def _produce(
     args, D: gl.constexpr, DV: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, LEFT: gl.constexpr,
     RIGHT: gl.constexpr,
 ):  # fmt: skip
     """The producer warp. Values lag keys by one tile, as their use does."""
     q_desc, k_descs, v_descs, q_at, k_ring, v_rings, bars, bars_at, work, window = args
-    m_tiles, q_heads, group = work[2:]
+    group = work[4]
     BLOCK_N: gl.constexpr = _first_row(k_descs, len(k_descs))
     COUNT: gl.constexpr = CLUSTER * CONSUMERS * ROWS
     _meet()
@@ -209,11 +217,8 @@ def _produce(
     steps = _steps(work, CLUSTER)
     number = _number(0, work, CLUSTER)
     for step in range(steps):
-        tile_row = number % m_tiles * COUNT
-        flat = number // m_tiles
+        tile_row, flat, batch, head = _located(number, work, COUNT)
         number = _number(gl.minimum(step + 1, steps - 1), work, CLUSTER)  # of the next one, in time
-        batch = flat // q_heads
-        head = flat % q_heads
         kv_head = head // group
         first, stop = _tile_range(tile_row, tile_row, window, COUNT, BLOCK_N, LEFT, RIGHT)[2:]
         row = (stop - 1) * BLOCK_N
@@ -501,7 +506,6 @@ def _consume(
 ):  # fmt: skip
     """Consumer warp group number WG: its ROWS rows of every tile."""
     q_desc, descs, out, lse_ptr, sinks_ptr, q_at, k_ring, v_smem, bars, bars_at, work, window, scale = args
-    m_tiles, q_heads = work[2:4]
     seqlen_q, seqlen_k, left, right = window
     dtype: gl.constexpr = q_desc.dtype
     rows_layout: gl.constexpr = gl.SliceLayout(1, _accumulator(descs[0].block_type.shape[2]))
@@ -518,11 +522,8 @@ def _consume(
     steps = _steps(work, CLUSTER)
     number = _number(0, work, CLUSTER)
     for step in range(steps):
-        tile_row = number % m_tiles * COUNT
-        flat = number // m_tiles
+        tile_row, flat, batch, head = _located(number, work, COUNT)
         number = _number(gl.minimum(step + 1, steps - 1), work, CLUSTER)  # of the next one, in time
-        batch = flat // q_heads
-        head = flat % q_heads
         row0 = tile_row + (gl.program_id(0) % CLUSTER * CONSUMERS + WG) * ROWS
         first, stop, tile_first, tile_stop = _tile_range(tile_row, row0, window, COUNT, BLOCK_N, LEFT, RIGHT)
         it = _skip(it, tile_stop - stop, bars, bars_at, WG, CONSUMERS, STAGES, PING_PONG)

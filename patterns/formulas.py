@@ -360,7 +360,8 @@ class _Writer:
             pole = 0.0
         if pole is None or not isinstance(x := node.args[place], Node) or not self._is_of_source(x):
             return False
-        found, away = bounds(x), torch.finfo(tensor(x).dtype).tiny if tensor(x).is_floating_point() else 0.5
+        about = torch.finfo(tensor(x).dtype)  # (what is made of scores is floating point)
+        found, away = bounds(x), about.eps if pole else about.tiny
         is_below = found is not None and found[1] < pole - away
         return not (is_below or least(x) > pole + away)
 

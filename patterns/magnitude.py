@@ -34,7 +34,7 @@ _SELECTIONS += (aten.detach, aten.lift_fresh, aten.lift_fresh_copy, aten.broadca
 _SELECTIONS += (aten.unbind, aten.take_along_dim, aten.diagonal, aten.narrow)
 
 _CASTS = (aten._to_copy, aten.to, aten.type_as)
-_NOT_NEGATIVE = (aten.exp, aten.exp2, aten.abs, aten.relu, aten.sigmoid, aten.square, aten.softplus, aten.sqrt)
+_NOT_NEGATIVE = (aten.exp, aten.exp2, aten.abs, aten.relu, aten.sigmoid, aten.square, aten.sqrt)
 
 # What these make of activations is as large as the scores, which are products of such.
 _LAYERS = (aten.linear, aten.conv1d, aten.conv2d, aten.convolution, aten.layer_norm, aten.rms_norm, aten.group_norm)
@@ -62,6 +62,14 @@ def magnitude(node: Node) -> float:
 
 def least(node: object) -> float:
     """What a tensor or number is never below, up to rounding, also if it may be +inf; -inf if that is not known."""
+    low = _least(node)
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    if isinstance(value, torch.Tensor) and value.is_floating_point() and 0 < low < torch.finfo(value.dtype).tiny:
+        return 0.0  # as in `_within`
+    return low
+
+
+def _least(node: object) -> float:
     if (found := bounds(node)) is not None:
         return found[0]
     if not isinstance(node, Node) or node.op != "call_function":
@@ -77,8 +85,9 @@ def least(node: object) -> float:
         low, other = map(least, node.args[:2])
         return low * other if low >= 0 and other >= 0 else -math.inf
     if kind in (aten.clamp, aten.clamp_min):
-        low = argument(node, 1, "min")
-        return least(node.args[0]) if low is None else max(least(node.args[0]), least(low))
+        found, low, high = least(node.args[0]), argument(node, 1, "min"), argument(node, 2, "max")
+        found = found if low is None else max(found, least(low))
+        return found if high is None else min(found, least(high))
     return -math.inf
 
 
@@ -127,8 +136,11 @@ def _within(node: Node, found: Bounds | None) -> Bounds | None:
         if found is None or found[0] < limits.min or found[1] > limits.max:  # it wraps around
             return float(limits.min), float(limits.max)
         return found
-    top = torch.finfo(value.dtype).max
-    return found if found is not None and -top <= found[0] and found[1] <= top else None
+    about = torch.finfo(value.dtype)
+    if found is None or found[0] < -about.max or found[1] > about.max:
+        return None
+    low, high = found  # what is too small is stored as zero
+    return 0.0 if 0 < low < about.tiny else low, 0.0 if -about.tiny < high < 0 else high
 
 
 def _bounds(node: Node) -> Bounds | None:
