@@ -49,6 +49,11 @@ class Tile:
     do_stages: int = 2
 
     @property
+    def dq_columns(self) -> int:
+        """How many columns of dQ a consumer has TMA add at once."""
+        return 64 if self.wide or self.block_m == 128 else self.width // 2
+
+    @property
     def keys(self) -> int:
         return ROWS if self.wide else 2 * ROWS
 
@@ -57,7 +62,7 @@ class Tile:
 TILES = (
     (64, Tile(128, 64), Tile(64, 64)),
     (128, Tile(64, 128), Tile(64, 128)),
-    (256, Tile(64, 256, wide=True), Tile(64, 256, wide=True)),
+    (256, Tile(64, 256, wide=True, do_stages=1), Tile(64, 256, wide=True, do_stages=1)),
 )
 MULTIPLE = 128  # of query rows, to which the rows' statistics are padded: all tiles' block_m divide it
 
@@ -269,16 +274,14 @@ def launch_arguments(
     if has_left or has_right:  # the longest first, and heads enough at a time for two rounds
         section = max(1, min(heads, 2 * sm_count // n_tiles))
     width, width_v = tile.width, tile.width
-    dq = sums
     options = tile.stages, tile.do_stages
     if tile.wide:
         columns, columns_v = sums.shape[3], _columns(v.shape[3])
         width_v = 128 if columns_v == 128 else width
         options += columns, columns_v, _is_capped(softcap, formulas)
-    else:
-        block, rows = [ROWS, width if tile.block_m == 128 else width // 2], sums.flatten(0, 2)
-        layout = gl.NVMMASharedLayout.get_default_for(block, gl.float32)
-        dq = TensorDescriptor(sums, list(rows.shape), list(rows.stride()), block, layout)
+    block, rows = [ROWS, tile.dq_columns], sums.flatten(0, 2)
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.float32)
+    dq = TensorDescriptor(sums, list(rows.shape), list(rows.stride()), block, layout)
     # CTAs that stay take tile after tile, and bring the next one's queries while they finish the last. On an H200, over
     # 30 points of the benchmark, that is 0.948 of FlashAttention-3 in place of 0.921. Not in order: there, a tile is
     # better taken when it is begun, since others wait for it (head_dim 64, causal, 16384 positions: 462 TFLOP/s, 422 if

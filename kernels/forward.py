@@ -15,14 +15,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
-from fa3_inductor.kernels import launch, output_like
+from fa3_inductor.kernels import cluster, launch, output_like
 from fa3_inductor.kernels.combine import combine_arguments, combine_kernel
 from fa3_inductor.kernels.dropout import keep_scale, threshold
 from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas, of_first_query
 from fa3_inductor.kernels.formulas import check as check_formulas
 from fa3_inductor.kernels.forward_kernel import ROWS as ROWS_OF_A_CONSUMER
 from fa3_inductor.kernels.forward_kernel import forward_kernel
-from fa3_inductor.kernels.forward_plain_kernel import CLUSTER as CTAS_OF_A_CLUSTER
 from fa3_inductor.kernels.forward_plain_kernel import forward_plain_kernel
 from fa3_inductor.kernels.ranges import mask_axes, ranges_arguments, ranges_kernel, ranges_shape
 from fa3_inductor.kernels.schedule import longest_first, parts_of_keys
@@ -43,7 +42,7 @@ class Tile:
 
 
 ROWS = ROWS_OF_A_CONSUMER.value
-CLUSTER = CTAS_OF_A_CLUSTER.value
+CLUSTER = cluster.CLUSTER.value
 STAGES = 2  # K tiles, and V tiles, in shared memory
 MAX_HEAD_DIM = 256
 
@@ -562,8 +561,8 @@ def is_addressable(x: Tensor) -> bool:
 
 
 def addressable(x: Tensor) -> Tensor:
-    """x: [B, H, S, D], or a dense copy, which lies as `output_like` has it, if TMA cannot address x."""
-    return x if is_addressable(x) else output_like(x, x.shape[3]).copy_(x)
+    """x: [B, H, S, D], or a copy, in the order of `output_like`, if TMA cannot address x."""
+    return x if is_addressable(x) else output_like(x, _row_of_units(x))[..., : x.shape[3]].copy_(x)
 
 
 def descriptors(x: Tensor, rows: int, widths: tuple[int, ...]) -> tuple[TensorDescriptor, TensorDescriptor | None]:
@@ -578,7 +577,13 @@ def descriptors(x: Tensor, rows: int, widths: tuple[int, ...]) -> tuple[TensorDe
 
 def tma_strides(x: Tensor) -> list[int]:
     """x's strides, but for dimensions of size 1, where torch allows any and a descriptor does not."""
-    return [*(by if size > 1 else x.shape[3] for size, by in zip(x.shape[:3], x.stride())), 1]
+    return [*(by if size > 1 else _row_of_units(x) for size, by in zip(x.shape[:3], x.stride())), 1]
+
+
+def _row_of_units(x: Tensor) -> int:
+    """The least number of elements, all of a row's among them, that is a multiple of 16 bytes."""
+    unit = 16 // x.element_size()
+    return -(-x.shape[3] // unit) * unit
 
 
 @functools.cache

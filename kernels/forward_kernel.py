@@ -188,38 +188,31 @@ def _at(smem, slot):
 
 
 @gluon.jit
-def _load(descs, batch, head, row, bar, smem, slot, TRANSPOSED: gl.constexpr = False):
-    """Brings one tile of an operand, all of its parts, into a slot of a ring; TRANSPOSED: [head_dim, seqlen] ones."""
+def _load(descs, batch, head, row, bar, smem, slot):
+    """Brings one tile of an operand, all of its parts, into a slot of a ring."""
     if len(descs) == 1:
         mbarrier.expect(bar, descs[0].block_type.nbytes)
     else:
         mbarrier.expect(bar, descs[0].block_type.nbytes + descs[1].block_type.nbytes)
-    if TRANSPOSED:
-        tma_load(descs[0], [batch, head, 0, row], bar, smem[0].index(slot))
-        if len(descs) == 2:
-            tma_load(descs[1], [batch, head, descs[0].block_type.shape[2], row], bar, smem[1].index(slot))
-    else:
-        tma_load(descs[0], [batch, head, row, 0], bar, smem[0].index(slot))
-        if len(descs) == 2:
-            tma_load(descs[1], [batch, head, row, descs[0].block_type.shape[3]], bar, smem[1].index(slot))
+    tma_load(descs[0], [batch, head, row, 0], bar, smem[0].index(slot))
+    if len(descs) == 2:
+        tma_load(descs[1], [batch, head, row, descs[0].block_type.shape[3]], bar, smem[1].index(slot))
 
 
 @gluon.jit
 def _load_kv(
-    descs, batch, head, row, it, full, smem, EMPTY: gl.constexpr, THREADS: gl.constexpr, STAGES: gl.constexpr,
-    TRANSPOSED: gl.constexpr = False,
+    descs, batch, head, row, it, full, smem, EMPTY: gl.constexpr, THREADS: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     """Brings one tile into slot it % STAGES of a ring, once its consumers have let go of it."""
     slot = it % STAGES
     if it >= STAGES:
         _sync(EMPTY + slot, THREADS)
-    _load(descs, batch, head, row, full.index(slot), smem, slot, TRANSPOSED)
+    _load(descs, batch, head, row, full.index(slot), smem, slot)
 
 
 @gluon.jit
 def _produce(
-    args, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    V_TRANSPOSED: gl.constexpr = False,
+    args, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
 ):  # fmt: skip
     """The producer warp. Values lag keys by one tile, as their use does."""
     q_descs, k_descs, v_descs, q_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full, work, window, ranges = args
@@ -249,10 +242,8 @@ def _produce(
             it += 1
             row -= BLOCK_N
             _load_kv(k_descs, batch, kv_head, row, it, k_full, k_smem, K_EMPTY, THREADS, STAGES)
-            _load_kv(
-                v_descs, batch, kv_head, row + BLOCK_N, it - 1, v_full, v_smem, V_EMPTY, THREADS, STAGES, V_TRANSPOSED
-            )
-        _load_kv(v_descs, batch, kv_head, row, it, v_full, v_smem, V_EMPTY, THREADS, STAGES, V_TRANSPOSED)
+            _load_kv(v_descs, batch, kv_head, row + BLOCK_N, it - 1, v_full, v_smem, V_EMPTY, THREADS, STAGES)
+        _load_kv(v_descs, batch, kv_head, row, it, v_full, v_smem, V_EMPTY, THREADS, STAGES)
         it += 1
 
 

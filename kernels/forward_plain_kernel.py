@@ -23,6 +23,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from fa3_inductor.kernels.cluster import (
+    CLUSTER,
+    COLUMNS,
+    GROUP,
+    _address,
+    _bring_box,
+    _meet,
+    _release,
+    _write_addresses,
+)
 from fa3_inductor.kernels.compat import reinterpret, thread_barrier
 from fa3_inductor.kernels.forward_kernel import (
     ROWS,
@@ -42,9 +52,6 @@ from fa3_inductor.kernels.forward_kernel import (
 )
 
 # What Gluon has no view of (Q, K and barriers) lies in groups of 8 rows of 128 bytes, of which swizzled tiles are made.
-GROUP = gl.constexpr(1024)  # bytes
-COLUMNS = gl.constexpr(64)  # of 16 bits, in 128 bytes
-CLUSTER = gl.constexpr(2)  # CTAs that share KV tiles
 ZERO = gl.constexpr(512)  # where among the barriers there is a zero
 
 
@@ -71,74 +78,6 @@ def _accumulator(columns: int):
 
 
 @gluon.jit
-def _write_addresses(KILOBYTES: gl.constexpr):
-    """Writes to the start of every kilobyte of shared memory what its address is."""
-    number = gl.arange(0, 256, gl.BlockedLayout([1], [32], [4], [0]))
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        .reg .b32 a;
-        setp.lt.u32 p, $1, $2;
-        mov.u32 a, global_smem;
-        mad.lo.u32 a, $1, 1024, a;
-        @p st.shared.b32 [a], a;
-        mov.u32 $0, 0;
-        }""",
-        "=r,r,n", [number, KILOBYTES], gl.int32, False, 1,
-    )  # fmt: skip
-    thread_barrier()
-
-
-@gluon.jit
-def _address(smem):
-    """The address of shared memory, which Gluon does not tell: `_write_addresses` wrote it there."""
-    word = reinterpret(smem.index(0), gl.int32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return gl.max(word.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-
-
-@gluon.jit
-def _meet():
-    """Waits for all warps of all CTAs of the cluster."""
-    gl.inline_asm_elementwise(
-        "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; mov.u32 $0, 0;", "=r", [],
-        gl.int32, False, 1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _release(bar):
-    """Counts this warp in at the mbarrier of that address in each CTA of the cluster, and goes on."""
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        .reg .b32 lane, remote;
-        mov.u32 lane, %laneid;
-        setp.lt.u32 p, lane, $2;
-        @p mapa.shared::cluster.u32 remote, $1, lane;
-        @p mbarrier.arrive.shared::cluster.b64 _, [remote];
-        mov.u32 $0, 0;
-        }""",
-        "=r,r,n", [bar, CLUSTER], gl.int32, False, 1,
-    )  # fmt: skip
-
-
-@gluon.constexpr_function
-def _bring_asm(descriptor: int, share: int) -> str:
-    # A descriptor of four dimensions is nine parameters: the map, and shape and strides, which nobody reads.
-    multicast, mask = (".multicast::cluster", f", {2**share - 1}") if share > 1 else ("", "")
-    return f"""{{
-    .reg .pred p;
-    .reg .b64 map;
-    elect.sync _|p, 0xffffffff;
-    mov.b64 map, forward_plain_kernel_param_{descriptor * 9};
-    cvta.param.u64 map, map;
-    @p cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes{multicast}
-        [$1], [map, {{$3, $4, $5, $6}}], [$2]{mask};
-    mov.u32 $0, 0;
-    }}"""
-
-
-@gluon.jit
 def _bring(
     DESCRIPTOR: gl.constexpr, descs, batch, head, row, at, bar, STRIDES: gl.constexpr, D: gl.constexpr,
     SHARE: gl.constexpr,
@@ -151,10 +90,9 @@ def _bring(
     for i in gl.static_range(len(descs)):
         for step in gl.static_range(D // COLUMNS // SHARE):
             which = step * SHARE + rank
-            gl.inline_asm_elementwise(
-                _bring_asm(DESCRIPTOR + i, SHARE), "=r,r,r,r,r,r,r",
-                [at[i] + which * STRIDES[i], bar, which * COLUMNS, row + _first_row(descs, i), head, batch],
-                gl.int32, False, 1,
+            _bring_box(
+                "forward_plain_kernel", DESCRIPTOR + i, SHARE, at[i] + which * STRIDES[i], bar, which * COLUMNS,
+                row + _first_row(descs, i), head, batch,
             )  # fmt: skip
 
 

@@ -32,6 +32,9 @@ _LOG2E = math.log2(math.e)
 E4M3 = torch.float8_e4m3fn
 STAGES = 2  # K tiles, and V tiles, in shared memory
 MULTIPLE = 16  # of keys, to which the transposed V is padded: the alignment of its rows
+# For how many query rows that share keys the kernel transposes V itself. A kernel in front of it takes 18 us for 32 MB,
+# the kernel by itself XXX.
+ROWS_OF_A_RAW_V = 2048
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Tile:
     consumers: int  # warp groups of ROWS query rows each
     consumer_regs: int
     producer_regs: int
+    raw_stages: int = 2  # V tiles in shared memory that the kernel has not transposed yet, if it does
 
 
 # (largest head_dim of q, k and v, tile, tile with terms on the scores or scales of tokens): the first that is large
@@ -50,7 +54,7 @@ class Tile:
 TILES = (
     (64, Tile(128, 3, 160, 32), Tile(128, 2, 240, 24)),
     (128, Tile(128, 3, 160, 32), Tile(128, 2, 240, 24)),
-    (256, Tile(128, 2, 240, 24), Tile(64, 2, 240, 24)),
+    (256, Tile(128, 2, 240, 24, raw_stages=1), Tile(64, 2, 240, 24)),
 )
 
 
@@ -102,8 +106,8 @@ def attention_fp8(
             Scales of single tokens take time.
         out_dtype: BF16 or FP16.
 
-    The others are those of `attention_forward`. Products are summed up in float32, weights rounded to e4m3. v is
-    transposed first, which takes as long as reading and writing it.
+    The others are those of `attention_forward`. Products are summed up in float32, weights rounded to e4m3. For many
+    queries, v is transposed first, which takes as long as reading and writing it.
 
     Raises:
         ValueError: with the sentence of `supports`, or if the operands do not fit together.
@@ -147,8 +151,9 @@ def attention_fp8(
         mask=mask, formulas=formulas,
     )  # fmt: skip
     call = _call(q, k, v, scales, tokens, out_dtype, None, **options)
-    values = _transposed_like(v)
-    if call.launch is not None:
+    values = v
+    if call.values is not None:
+        values = _transposed_like(v)
         call.values(driver.active.get_current_stream(call.device), v.data_ptr(), values.data_ptr())
     return _run(call, (q, k, values, *scales, *tokens), bias, mask, sinks, formulas)
 
@@ -203,7 +208,7 @@ class _Call(NamedTuple):
     launch: launch.Launch | None  # None: there is nothing to compute
     rows: tuple[launch.Launch, ...]  # of q and k, if they are to be rounded
     matrix: tuple[int, ...]  # the address of their orthogonal matrix, if there is one
-    values: launch.Launch | None
+    values: launch.Launch | None  # of v, if the kernel does not transpose it
     find_ranges: launch.Launch | None
     ranges_shape: tuple[int, ...]
     order: tuple[int, ...]  # the address of the list of tiles, if there is one
@@ -265,23 +270,28 @@ def _prepare(
             tensors = (x, to, of, *(() if matrix is None else (matrix,)))
             rows += (launch.prepare(rows_kernel, grid, args, tensors, options),)
         q, k = q8, k8
-    else:
+    elif q.shape[2] * (q.shape[1] // k.shape[1]) > ROWS_OF_A_RAW_V:
         values = _transposed_like(v)
-    of_v = scales[2] if rows else None
-    grid, args, options = values_arguments(v, values, of_v, tile.block_n)
-    to_values = launch.prepare(
-        values_kernel, grid, args, tuple(x for x in (args[0], args[1], of_v) if x is not None), options
-    )
+    else:
+        values = None
+    to_values = None
+    if values is not None:
+        of_v = scales[2] if rows else None
+        grid, args, options = values_arguments(v, values, of_v, tile.block_n)
+        to_values = launch.prepare(
+            values_kernel, grid, args, tuple(x for x in (args[0], args[1], of_v) if x is not None), options
+        )
+        v = values
     find_ranges = ranges = None
     if mask is not None or formulas.mask:
         find_ranges, ranges = forward.prepare_ranges(q, k, mask, formulas, tile.block_n)
     grid, args = launch_arguments(
-        q, k, values, out, lse, scales, scale, window_left, window_right, bias, mask, softcap, sinks, ranges, tokens,
-        formulas, tile=tile,
+        q, k, v, out, lse, scales, scale, window_left, window_right, bias, mask, softcap, sinks, ranges, tokens,
+        formulas, tile=tile, turned=values is not None,
     )  # fmt: skip
     order = args[forward._ORDER]
     terms = (*(operand for operand, *_ in args[forward._OPERANDS]), sinks)
-    tensors = tuple(x for x in (q, k, values, *scales, *tokens, out, lse, *terms, order, ranges) if x is not None)
+    tensors = tuple(x for x in (q, k, v, *scales, *tokens, out, lse, *terms, order, ranges) if x is not None)
     main = launch.prepare(fp8_kernel, grid, args, tensors, {"num_warps": 4})
     order = () if order is None else (order.data_ptr(),)
     shape = () if ranges is None else ranges.shape
@@ -322,18 +332,18 @@ def launch_arguments(
     window_left: int | None = None, window_right: int | None = None, bias: Tensor | None = None,
     mask: Tensor | None = None, softcap: float | None = None, sinks: Tensor | None = None,
     ranges: Tensor | None = None, tokens: tuple[Tensor, ...] = (), formulas: Formulas = NO_FORMULAS, *, tile: Tile,
-    sm_count: int | None = None,
+    turned: bool, sm_count: int | None = None,
 ) -> tuple[tuple[int, int, int], tuple]:  # fmt: skip
     """The grid and the arguments of the kernel.
 
     Args:
-        v: of the values kernel, [B, Hkv, Dv, padded Sk].
+        v: [B, Hkv, Sk, Dv]; if turned, [B, Hkv, Dv, padded Sk] of the values kernel.
         scales: float32, of q [B, Hq, blocks of ROWS], of k and v [B, Hkv, blocks of the tile's block_n]; or one block.
         tokens: more scales, float32, contiguous, of q [B, Hq, Sq], of k and v [B, Hkv, Sk], v's 1 at most; or none.
     """
     batch, q_heads, seqlen_q, head_dim = q.shape
     kv_heads, seqlen_k = k.shape[1:3]
-    head_dim_v = v.shape[2]
+    head_dim_v = v.shape[2 if turned else 3]
     left, right = forward.clipped(window_left, window_right, seqlen_q, seqlen_k)
     functions, ranges, operands = forward.score_arguments(
         bias, mask, softcap, (batch, q_heads, seqlen_q, seqlen_k), ranges, formulas
@@ -345,13 +355,14 @@ def launch_arguments(
     has_blocks = any(x.shape[2] > 1 for x in scales)
     q_by_block = 1 if has_blocks else 0
     widths, widths_v = parts(head_dim), parts(head_dim_v, LARGEST_OF_V)
+    descriptors_v = _transposed_descriptors if turned else forward.descriptors
     return (ctas, 1, 1), (
         *forward.descriptors(q, ROWS, widths), *forward.descriptors(k, tile.block_n, widths),
-        *_transposed_descriptors(v, tile.block_n, widths_v), *forward.descriptors(out, ROWS, widths_v),
+        *descriptors_v(v, tile.block_n, widths_v), *forward.descriptors(out, ROWS, widths_v),
         lse, order, sinks, ranges, operands, q_scale, q_by_block, k_scale, v_scale, tokens or None,
         batch * q_heads * m_tiles, m_tiles, q_heads, q_heads // kv_heads, seqlen_q, seqlen_k, left or 0, right or 0,
         scale * _LOG2E, left is not None, right is not None, *functions, has_blocks,
-        tile.consumers, STAGES, tile.consumer_regs, tile.producer_regs,
+        tile.consumers, STAGES, 0 if turned else tile.raw_stages, tile.consumer_regs, tile.producer_regs,
     )  # fmt: skip
 
 

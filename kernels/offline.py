@@ -255,7 +255,7 @@ def backward_case(
 
 def fp8_case(
     head_dim: int, head_dim_v: int, window: str, blocks: bool = False, tokens: bool = False, bias: str = "",
-    mask: str = "", softcap: float | None = None, sinks: bool = False, formulas: str = "",
+    mask: str = "", softcap: float | None = None, sinks: bool = False, formulas: str = "", turned: bool = True,
 ) -> Case:  # fmt: skip
     """The case of the FP8 kernel that its tile table gives for a problem, as for `forward_case`."""
     from fa3_inductor.kernels import fp8
@@ -279,11 +279,11 @@ def fp8_case(
     ranges = _ranges(hidden, computed, (batch, q_heads, seqlen, seqlen))
     grid, args = fp8.launch_arguments(
         eights(batch, q_heads, seqlen, head_dim), eights(batch, kv_heads, seqlen, head_dim),
-        eights(batch, kv_heads, head_dim_v, seqlen),
+        eights(batch, kv_heads, head_dim_v, seqlen) if turned else eights(batch, kv_heads, seqlen, head_dim_v),
         empty(batch, q_heads, seqlen, head_dim_v, dtype=torch.bfloat16), empty(batch, q_heads, seqlen), scales, 0.1,
         *WINDOWS[window], added, hidden, softcap, empty(q_heads) if sinks else None, ranges,
         tuple(empty(batch, heads, seqlen) for heads, _ in rows) if tokens else (), computed, tile=tile,
-        sm_count=132,
+        turned=turned, sm_count=132,
     )  # fmt: skip
     budget = {tile.consumer_regs, tile.producer_regs}
     spills = SPILLS_OF_LARGE_TILES if tokens else SPILLS_OF_FP8 if ranges is None else SPILLS_WITH_MASK
@@ -366,6 +366,10 @@ def cases() -> dict[str, functools.partial]:
     for name, problem, more in (
         ("d64-full", (64, 64, "full"), {}),
         ("d128-causal", (128, 128, "causal"), {}),
+        ("d64-causal-raw", (64, 64, "causal"), dict(turned=False)),
+        ("d128-full-raw", (128, 128, "full"), dict(turned=False)),
+        ("d256-causal-raw", (256, 256, "causal"), dict(turned=False)),
+        ("d256-mask-raw", (256, 160, "full"), dict(mask="bk", turned=False)),
         ("d128-window-blocks", (128, 128, "window"), dict(blocks=True)),
         ("d192/128-causal", (192, 128, "causal"), {}),
         ("d256-full-blocks", (256, 256, "full"), dict(blocks=True)),
