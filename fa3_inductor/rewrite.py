@@ -142,7 +142,7 @@ def _splice(found: Found, splicer: Splicer, fp8: str) -> Plan:
     """Plans an attention and puts it in place; in 16 bits if what it was dequantised from is no longer there."""
     chosen = plan(found.spec, config.target, config.empty_rows == "relaxed", splicer.trains, fp8)
     try:
-        formulas = splicer.splice(found.spec, chosen, found.interior)
+        formulas = splicer.splice(found.spec, chosen, found.interior, bool(found.leaks))
     except Rejected as rejection:
         if chosen.fp8 != "graph":
             raise

@@ -43,8 +43,13 @@ class Splicer:
         wants_gradient = any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
         self.trains = wants_gradient and any(captured.grad_modes.values())
 
-    def splice(self, spec: AttentionSpec, plan: Plan, interior: tuple[Node, ...]) -> tuple[str, str, str]:
+    def splice(
+        self, spec: AttentionSpec, plan: Plan, interior: tuple[Node, ...], is_shared: bool
+    ) -> tuple[str, str, str]:
         """Compute ``spec`` by ``plan`` where its result was computed. Returns the formulas of its bias, mask and score.
+
+        What is left without a use of the ``interior`` goes, writes in place included, unless it ``is_shared``: others
+        may read what was written.
 
         Raises:
             Rejected: the attention cannot be taken out of the user's graph; the graph is as it was.
@@ -71,7 +76,8 @@ class Splicer:
             emit.undo()
             raise
         self._rebuilt[place] = values
-        self._removed.update(n for value in interior for n in self.capture.held_by(value))
+        if not is_shared:
+            self._removed.update(n for value in interior for n in self.capture.held_by(value))
         return formulas
 
     def _check_grad_mode(self, place: Node, interior: tuple[Node, ...]) -> None:

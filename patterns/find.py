@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -35,43 +35,72 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """An attention that was found: ``spec`` if it can be fused, else ``rejection``."""
+    """An attention that was found: ``spec`` if it can be fused, else ``rejection``.
+
+    ``interior`` are the captured nodes that are its own, result included, and fusing makes no use of; ``leaks`` says
+    where others read them. Only other attentions may, and by their scores: of these there is no need then either.
+    """
 
     anchor: Node
     spec: AttentionSpec | None
-    rejection: Rejected | None
-    interior: tuple[Node, ...] = ()  # the captured nodes that fusing removes, result included
+    rejection: Rejected | None = None
+    interior: tuple[Node, ...] = ()
+    leaks: tuple["_Leak", ...] = ()
 
 
-def find_attention(graph: Graph, algebra: Algebra) -> Iterator[Found]:
+@dataclasses.dataclass(frozen=True)
+class _Leak:
+    """``node``, a score, is read by ``user``, which does not belong to the attention."""
+
+    node: Node
+    user: Node
+
+
+def find_attention(graph: Graph, algebra: Algebra) -> list[Found]:
     """Every attention in a captured graph, in graph order. A softmax that is no attention is passed over."""
     respell(graph, functools.partial(_is_zero, algebra))
     sum_up_assignments(graph, algebra.space)
     put_together(graph)
-    for node in list(graph.nodes):
-        kind = packet(node)
-        if kind is aten.scaled_dot_product_attention:
-            read: Callable[[Algebra, Node], Any] = _read_sdpa
-        elif kind in _SOFTMAX:
-            read = _read_softmax
-        else:
-            continue
+    while True:
         try:
-            try:
-                found = read(algebra, node)
-            except _Specialised:
-                algebra.forget()
-                found = read(algebra, node)
-        except Rejected as rejection:
-            yield Found(node, None, rejection)
-            continue
-        except Exception as error:
-            log.warning("'%s' was not understood: %s", node.name, error, exc_info=True)
-            yield Found(node, None, Rejected(Reason.INTERNAL, f"{type(error).__name__}: {error}"))
-            continue
-        if found is not None:
-            spec, interior = found
-            yield Found(node, spec, None, interior)
+            found = [x for node in graph.nodes if (x := _read(algebra, node)) is not None]
+        except _Specialised:
+            algebra.forget()
+        else:
+            return _without_leaks(found)
+
+
+def _read(algebra: Algebra, node: Node) -> Found | None:
+    kind = packet(node)
+    try:
+        if kind is aten.scaled_dot_product_attention:
+            return _read_sdpa(algebra, node)
+        return _read_softmax(algebra, node) if kind in _SOFTMAX else None
+    except Rejected as rejection:
+        return Found(node, None, rejection)
+    except _Specialised:
+        raise
+    except Exception as error:
+        log.warning("'%s' was not understood: %s", node.name, error, exc_info=True)
+        return Found(node, None, Rejected(Reason.INTERNAL, f"{type(error).__name__}: {error}"))
+
+
+def _without_leaks(found: list[Found]) -> list[Found]:
+    """Rejects whose scores something else than the scores of the remaining ones needs."""
+    while True:
+        inside = {node for x in found if x.spec is not None for node in x.interior}
+        checked = [x if x.spec is None else _checked(x, inside) for x in found]
+        if checked == found:
+            return found
+        found = checked
+
+
+def _checked(found: Found, inside: set[Node]) -> Found:
+    for leak in found.leaks:
+        if leak.user not in inside:
+            what = "returned" if leak.user.op == "output" else f"used by '{leak.user.name}' ({leak.user.target})"
+            return Found(found.anchor, None, Rejected(Reason.SCORES_USED, f"'{leak.node.name}' is {what}"))
+    return found
 
 
 class _Specialised(Exception):
@@ -199,7 +228,7 @@ def _is_zero(algebra: Algebra, x: Any) -> bool:
     return algebra.value(x, tuple(algebra.space.symbol(f"z{i}", size) for i, size in enumerate(sizes))) == 0
 
 
-def _read_softmax(algebra: Algebra, softmax: Node) -> tuple[AttentionSpec, tuple[Node, ...]] | None:
+def _read_softmax(algebra: Algebra, softmax: Node) -> Found | None:
     space = algebra.space
     if not _has_scores(algebra, softmax):
         return None
@@ -213,7 +242,7 @@ def _read_softmax(algebra: Algebra, softmax: Node) -> tuple[AttentionSpec, tuple
     splits = _splits(space, first)
     names = reading.name_axes(first, splits)
     final = reading.at(names, "k")
-    return reading.spec(final, names)
+    return reading.found(final, names)
 
 
 def _has_scores(algebra: Algebra, softmax: Node) -> bool:
@@ -378,7 +407,7 @@ class _Reading:
         self.sizes["q"] = ONE
         return None
 
-    def spec(self, view: _View, names: list[tuple[str, ...]]) -> tuple[AttentionSpec, tuple[Node, ...]]:
+    def found(self, view: _View, names: list[tuple[str, ...]]) -> Found:
         space, product = self.space, self.weights.product
         seqlen_k = space.size(view.k) if view.k != 0 else ONE
         whole = shape_exprs(tensor(self.softmax))[self.dim]
@@ -403,7 +432,6 @@ class _Reading:
                 raise no_score
             score, inside = written
             nodes = tuple(dict.fromkeys((*nodes, *inside)))
-        _check_interior(nodes, self.softmax)
         q = peel(self.algebra, view.q_node, view.q_index)
         k = peel(self.algebra, view.k_node, view.k_index)
         v = peel(self.algebra, view.v_node, view.v_index, scales=False)
@@ -462,7 +490,7 @@ class _Reading:
             float8=float8,
             not_float8=not_float8,
         )
-        return spec, (*nodes, *self.weights.nodes, product)
+        return Found(self.softmax, spec, None, (*nodes, *self.weights.nodes, product), _leaks_of(nodes, self.softmax))
 
 
 def _function_of(view: _View) -> tuple[Function | None, sympy.Expr, sympy.Expr | None, tuple[Factor, ...]]:
@@ -622,16 +650,17 @@ def _reads_no_value(user: Node) -> bool:
     return packet(user) in (aten.slice, aten.select) and bool(onward) and all(map(_reads_no_value, onward))
 
 
-def _check_interior(nodes: tuple[Node, ...], softmax: Node) -> None:
-    """Every score must be used by the chain alone."""
+def _leaks_of(nodes: tuple[Node, ...], softmax: Node) -> tuple[_Leak, ...]:
+    """Where others than the chain itself use its scores."""
     chain = {*nodes, softmax}
-    for node in nodes:
-        for user in users_of(node):
-            if packet(user) is aten.type_as and user.args[0] is not node:
-                continue  # asks for the dtype alone
-            if user not in chain and not _reads_no_value(user):
-                what = "returned" if user.op == "output" else f"used by '{user.name}' ({user.target})"
-                raise Rejected(Reason.SCORES_USED, f"'{node.name}' is {what}")
+    return tuple(
+        _Leak(node, user)
+        for node in nodes
+        for user in users_of(node)
+        if user not in chain
+        and not (packet(user) is aten.type_as and user.args[0] is not node)  # asks for the dtype alone
+        and not _reads_no_value(user)
+    )
 
 
 # --------------------------------------------------------------------------------------------- SDPA
@@ -645,7 +674,7 @@ def _agree(*sizes: int | torch.SymInt) -> None:
             bool(other == first)
 
 
-def _read_sdpa(algebra: Algebra, node: Node) -> tuple[AttentionSpec, tuple[Node, ...]]:
+def _read_sdpa(algebra: Algebra, node: Node) -> Found:
     """A call of ``F.scaled_dot_product_attention``, every argument included."""
     space = algebra.space
     q, k, v = node.args[:3]
@@ -730,4 +759,4 @@ def _read_sdpa(algebra: Algebra, node: Node) -> tuple[AttentionSpec, tuple[Node,
         float8=float8,
         not_float8=not_float8,
     )
-    return spec, (node,)
+    return Found(node, spec, None, (node,))

@@ -17,6 +17,7 @@ FAMILIES = {
     "of_transformers_media": "transformers",
     "of_timm": "timm",
     "of_x_transformers": "x_transformers",
+    "of_diffusers": "diffusers",
 }
 
 
