@@ -16,9 +16,9 @@ and each has its columns of dQ = dS @ K, which lags by one tile:
     P(i), to shared memory, tell consumer 1           wait for P(i); dS(i), to shared memory, tell consumer 0
     issue dV += P(i) dO(i)                            issue dK += dS(i) Q(i)
     issue 2nd part of dQ(i - 1)                       issue 2nd part of dQ(i - 1)
-    1st part of dQ(i - 1) to global memory            1st part of dQ(i - 1) to global memory
+    1st part of dQ(i - 1) to TMA, to be added         1st part of dQ(i - 1) to TMA
     dV is there: let go of dO(i) *                    dK is there: let go of Q(i) *
-    2nd part of dQ(i - 1) to global memory            2nd part of dQ(i - 1) to global memory
+    2nd part of dQ(i - 1) to TMA                      2nd part of dQ(i - 1) to TMA
 
 (* the producer waits for both.) So consumer 0 has S(i) under way before it needs dS(i - 1), and both have products in
 flight during their arithmetic and their additions to dQ. The two hand-overs alternate strictly, P(0), dS(0), P(1),

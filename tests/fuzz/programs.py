@@ -853,6 +853,10 @@ def by_hand(w: Writer) -> Program:
     weights = softmax(w, s, v)
     after_softmax(w, weights, v, s)
     out = value_product(w, weights, v)
+    if not w.sink and w.chance(8):  # of the same scores
+        second = w.let("weights", f"torch.softmax({s} * 0.5, dim={w.dim}).to({v}.dtype)")
+        second = value_product(w, second, v)
+        out = w.let("out", f"{out} + {second}")
     if w.slip("used twice", 6):
         used = w.pick(weights, s)
         return w.render(f"torch.cat([{out}.flatten(), {used}.flatten().to({out}.dtype)])")
