@@ -211,8 +211,14 @@ def _load_kv(
 
 
 @gluon.jit
+def _load_values(descs, batch, head, row, it, full, smem, CONSUMERS: gl.constexpr):
+    _load_kv(descs, batch, head, row, it, full, smem, V_EMPTY, 128 * CONSUMERS + 32, smem[0].shape[0])
+
+
+@gluon.jit
 def _produce(
-    args, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
+    args, LOAD_VALUES: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr,
 ):  # fmt: skip
     """The producer warp. Values lag keys by one tile, as their use does."""
     q_descs, k_descs, v_descs, q_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full, work, window, ranges = args
@@ -242,8 +248,8 @@ def _produce(
             it += 1
             row -= BLOCK_N
             _load_kv(k_descs, batch, kv_head, row, it, k_full, k_smem, K_EMPTY, THREADS, STAGES)
-            _load_kv(v_descs, batch, kv_head, row + BLOCK_N, it - 1, v_full, v_smem, V_EMPTY, THREADS, STAGES)
-        _load_kv(v_descs, batch, kv_head, row, it, v_full, v_smem, V_EMPTY, THREADS, STAGES)
+            LOAD_VALUES(v_descs, batch, kv_head, row + BLOCK_N, it - 1, v_full, v_smem, CONSUMERS)
+        LOAD_VALUES(v_descs, batch, kv_head, row, it, v_full, v_smem, CONSUMERS)
         it += 1
 
 
@@ -715,6 +721,7 @@ def forward_kernel(
     )  # fmt: skip
     DROPOUT: gl.constexpr = seed_ptr is not None
     SINKS: gl.constexpr = sinks_ptr is not None
+    LOAD_VALUES: gl.constexpr = _load_values
     # Spelled out: triton 3.9 adds no tuples that hold None.
     if CONSUMERS == 2:
         gl.warp_specialize(
@@ -727,7 +734,7 @@ def forward_kernel(
                     consume, 1, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, OVERLAP, SHARED_O, SINKS,
                     LOAD, APPLY, OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
                 )),
-                (_produce, (produce, BLOCK_N, 2, STAGES, LEFT, RIGHT)),
+                (_produce, (produce, LOAD_VALUES, BLOCK_N, 2, STAGES, LEFT, RIGHT)),
             ],
             [4, 1],
             [CONSUMER_REGS, PRODUCER_REGS],
@@ -747,7 +754,7 @@ def forward_kernel(
                     consume, 2, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, OVERLAP, SHARED_O, SINKS,
                     LOAD, APPLY, OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
                 )),
-                (_produce, (produce, BLOCK_N, 3, STAGES, LEFT, RIGHT)),
+                (_produce, (produce, LOAD_VALUES, BLOCK_N, 3, STAGES, LEFT, RIGHT)),
             ],
             [4, 4, 1],
             [CONSUMER_REGS, CONSUMER_REGS, PRODUCER_REGS],

@@ -34,12 +34,12 @@ from fa3_inductor.kernels.forward_kernel import (
     _finish_rows,
     _full_end,
     _kv_range,
-    _load,
     _load_kv,
     _load_terms,
     _mask_tile,
     _number,
     _parts,
+    _produce,
     _rescale,
     _rescale_parts,
     _ring,
@@ -111,21 +111,16 @@ def _transpose_asm(keys: int, columns: int) -> str:
 
 
 @gluon.jit
-def _load_values(
-    descs, batch, head, row, it, full, smem, TURNED: gl.constexpr, CONSUMERS: gl.constexpr
-):  # fmt: skip
-    """Brings one tile of V into a ring, of a V that is transposed (TURNED), or for those who transpose it."""
+def _load_turned_values(descs, batch, head, row, it, full, smem, CONSUMERS: gl.constexpr):
+    """Brings one tile of a V that is transposed."""
     SLOTS: gl.constexpr = smem[0].shape[0]
-    if TURNED:
-        slot = it % SLOTS
-        if it >= SLOTS:
-            _sync(V_EMPTY + slot, 128 * CONSUMERS + 32)
-        bar = full.index(slot)
-        mbarrier.expect(bar, _bytes(descs))
-        for i in gl.static_range(len(descs)):
-            tma_load(descs[i], [batch, head, i * descs[0].block_type.shape[2], row], bar, smem[i].index(slot))
-    else:
-        _load_kv(descs, batch, head, row, it, full, smem, RAW_EMPTY, TRANSPOSERS + 32, SLOTS)
+    slot = it % SLOTS
+    if it >= SLOTS:
+        _sync(V_EMPTY + slot, 128 * CONSUMERS + 32)
+    bar = full.index(slot)
+    mbarrier.expect(bar, _bytes(descs))
+    for i in gl.static_range(len(descs)):
+        tma_load(descs[i], [batch, head, i * descs[0].block_type.shape[2], row], bar, smem[i].index(slot))
 
 
 @gluon.constexpr_function
@@ -134,40 +129,9 @@ def _bytes(descs) -> int:
 
 
 @gluon.jit
-def _produce(
-    args, TURNED: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr,
-):  # fmt: skip
-    """The producer warp. Values lag keys by one tile, as their use does."""
-    q_descs, k_descs, v_descs, q_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full, work, window, ranges = args
-    m_tiles, q_heads, group = work[2:5]
-    THREADS: gl.constexpr = 128 * CONSUMERS + 32
-    it = 0
-    steps = _steps(work)
-    number = _number(0, work)
-    for step in range(steps):
-        m_tile = number % m_tiles
-        flat = number // m_tiles
-        number = _number(gl.minimum(step + 1, steps - 1), work)  # of the next one, in time
-        batch = flat // q_heads
-        head = flat % q_heads
-        kv_head = head // group
-        place = (batch, head, m_tile * (CONSUMERS * ROWS))
-        _, _, first, stop, _ = _kv_range(
-            place, 0, work, window, ranges, 0, CONSUMERS, BLOCK_N, LEFT, RIGHT
-        )  # fmt: skip
-        row = (stop - 1) * BLOCK_N
-        _load_kv(k_descs, batch, kv_head, row, it, k_full, k_smem, K_EMPTY, THREADS, STAGES)
-        for wg in gl.static_range(CONSUMERS):
-            mbarrier.wait(q_empty.index(wg), (step & 1) ^ 1)
-            _load(q_descs, batch, head, (m_tile * CONSUMERS + wg) * ROWS, q_full.index(wg), q_smem, wg)
-        for _ in range(first, stop - 1):
-            it += 1
-            row -= BLOCK_N
-            _load_kv(k_descs, batch, kv_head, row, it, k_full, k_smem, K_EMPTY, THREADS, STAGES)
-            _load_values(v_descs, batch, kv_head, row + BLOCK_N, it - 1, v_full, v_smem, TURNED, CONSUMERS)
-        _load_values(v_descs, batch, kv_head, row, it, v_full, v_smem, TURNED, CONSUMERS)
-        it += 1
+def _load_raw_values(descs, batch, head, row, it, full, smem, CONSUMERS: gl.constexpr):
+    """Brings one tile for those who transpose it."""
+    _load_kv(descs, batch, head, row, it, full, smem, RAW_EMPTY, TRANSPOSERS + 32, smem[0].shape[0])
 
 
 @gluon.jit
@@ -494,6 +458,7 @@ def fp8_kernel(
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[2]
     TURNED: gl.constexpr = RAW_STAGES == 0
     FILLERS: gl.constexpr = 32 if TURNED else TRANSPOSERS.value
+    LOAD_VALUES: gl.constexpr = _load_turned_values if TURNED else _load_raw_values
     q_descs = _parts(q_desc, q_desc2)
     k_descs = _parts(k_desc, k_desc2)
     v_descs = _parts(v_desc, v_desc2)
@@ -548,7 +513,7 @@ def fp8_kernel(
                     consume, 1, FILLERS, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, SINKS, LOAD, APPLY, OPEN_LOAD,
                     OPEN_APPLY, SCALED, BLOCKS,
                 )),
-                (_produce, (produce, TURNED, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT)),
+                (_produce, (produce, LOAD_VALUES, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT)),
                 (_transpose, (transpose, TURNED, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT)),
             ],
             [4, 1, 2],
@@ -569,7 +534,7 @@ def fp8_kernel(
                     consume, 2, FILLERS, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, SINKS, LOAD, APPLY, OPEN_LOAD,
                     OPEN_APPLY, SCALED, BLOCKS,
                 )),
-                (_produce, (produce, TURNED, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT)),
+                (_produce, (produce, LOAD_VALUES, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT)),
                 (_transpose, (transpose, TURNED, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT)),
             ],
             [4, 4, 1, 2],
