@@ -17,6 +17,7 @@ CLUSTER = gl.constexpr(2)  # CTAs
 
 @gluon.constexpr_function
 def _kilobytes(smems) -> int:
+    """How many kilobytes pieces of shared memory have, all together."""
     return sum(math.prod(smem.type.shape) * smem.type.element_ty.primitive_bitwidth for smem in smems) // 8192
 
 

@@ -86,7 +86,10 @@ def _read(algebra: Algebra, node: Node) -> Found | None:
 
 
 def _without_leaks(found: list[Found]) -> list[Found]:
-    """Rejects whose scores something else than the scores of the remaining ones needs."""
+    """Rejects whose scores something else than the scores of the remaining ones needs.
+
+    (One of these may turn out to have no kernel. The others are right nevertheless, its scores exist then.)
+    """
     while True:
         inside = {node for x in found if x.spec is not None for node in x.interior}
         checked = [x if x.spec is None else _checked(x, inside) for x in found]

@@ -114,4 +114,5 @@ def test_of_one_that_is_left_to_eager_code_what_was_written_stays():
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             return first, s.mT.softmax(-1) @ w
 
-    compare(fn, "reference")
+    statuses = [s.status for s in compare(fn, "reference").sites]
+    assert statuses == ["fused", "rejected"] * 2  # of two captures

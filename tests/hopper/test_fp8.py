@@ -67,7 +67,10 @@ def as_good(out, reference, exact):
 
 
 @pytest.mark.parametrize("seed", range(120))
-def test_of_float8_operands(seed):
+def test_of_float8_operands(seed, monkeypatch):
+    monkeypatch.setattr(fp8, "_calls", {})
+    if seed % 2:  # V is transposed in front of the kernel, as it is for more rows than are tested
+        monkeypatch.setattr(fp8, "ROWS_OF_A_RAW_V", 0)
     for again in SIZES:
         (q, k, v), options = drawn(seed, again)
         if q.shape[3] % 16 == 0:
