@@ -13,16 +13,16 @@ BLOCK = 32  # rows of a program
 
 @triton.jit
 def statistics_kernel(
-    out_ptr, dout_ptr, lse_ptr, scaled_ptr, delta_ptr, dq_ptr, next_ptr, out_batch, out_head, out_row, out_unit,
+    out_ptr, dout_ptr, lse_ptr, scaled_ptr, delta_ptr, sums_ptr, counts_ptr, out_batch, out_head, out_row, out_unit,
     dout_batch, dout_head, dout_row, lse_batch, lse_head, lse_row, lse_scale, heads, seqlen, padded, head_dim_v,
-    dq_rows, head_dim,
+    sums_heads, sums_rows, head_dim, n_counts,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program for each block of ROWS rows, with those that only pad the sequence.
 
-    Zeroes dQ's accumulator, and what the backward kernel counts with, too.
+    Zeroes dQ's sums, and what the backward kernel counts with, too.
     """
-    tl.store(next_ptr, 0, mask=tl.program_id(0) == 0)
+    tl.store(counts_ptr + tl.program_id(0), 0, mask=tl.program_id(0) < n_counts)
     flat = tl.program_id(0) // (padded // ROWS)
     row = tl.program_id(0) % (padded // ROWS) * ROWS + tl.arange(0, ROWS)
     batch, head = (flat // heads).to(tl.int64), (flat % heads).to(tl.int64)
@@ -46,13 +46,14 @@ def statistics_kernel(
     at = flat.to(tl.int64) * padded + row
     tl.store(scaled_ptr + at, scaled)
     tl.store(delta_ptr + at, delta)
-    zero = tl.zeros([ROWS, COLUMNS], tl.float32)
-    to = dq_ptr + (flat.to(tl.int64) * dq_rows + row)[:, None] * head_dim + column[None, :]
-    tl.store(to, zero, mask=(row < dq_rows)[:, None] & (column < head_dim)[None, :])
+    if flat < sums_heads:
+        zero = tl.zeros([ROWS, COLUMNS], tl.float32)
+        to = sums_ptr + (flat.to(tl.int64) * sums_rows + row)[:, None] * head_dim + column[None, :]
+        tl.store(to, zero, mask=(row < sums_rows)[:, None] & (column < head_dim)[None, :])
 
 
 def statistics_arguments(
-    out: Tensor, dout: Tensor, lse: Tensor, scaled: Tensor, delta: Tensor, dq: Tensor, next_tile: Tensor,
+    out: Tensor, dout: Tensor, lse: Tensor, scaled: Tensor, delta: Tensor, sums: Tensor, counts: Tensor,
     lse_scale: float,
 ) -> tuple[tuple[int, int, int], tuple]:  # fmt: skip
     """The grid and the arguments of the kernel.
@@ -61,15 +62,16 @@ def statistics_arguments(
         out, dout: [B, Hq, Sq, Dv], dout's Dv contiguous; lse: [B, Hq, Sq] float32, natural logarithms.
         scaled, delta: float32, contiguous, [B, Hq, Sq padded to a multiple of BLOCK]: lse times lse_scale, +inf where a
             row sees nothing or is not there, and the sum of dO * O.
-        dq: float32, contiguous, [B, Hq, Sq or Sq padded, any width], and next_tile: int32 [1]: are set to 0.
+        sums: float32, contiguous, [B * Hq at most, Sq or Sq padded, any width], and counts: int32, no more than there
+            are programs: are set to 0.
     """
     batch, heads, seqlen, head_dim_v = out.shape
     padded = scaled.shape[2]
-    dq_rows, head_dim = dq.shape[2:]
+    sums_heads, sums_rows, head_dim = sums.shape
     columns = triton.next_power_of_2(max(head_dim, head_dim_v))
     return (batch * heads * (padded // BLOCK), 1, 1), (
-        out, dout, lse, scaled, delta, dq, next_tile, *out.stride(), *dout.stride()[:3], *lse.stride(), lse_scale,
-        heads, seqlen, padded, head_dim_v, dq_rows, head_dim, BLOCK, columns,
+        out, dout, lse, scaled, delta, sums, counts, *out.stride(), *dout.stride()[:3], *lse.stride(), lse_scale,
+        heads, seqlen, padded, head_dim_v, sums_heads, sums_rows, head_dim, counts.numel(), BLOCK, columns,
     )  # fmt: skip
 
 
@@ -93,11 +95,11 @@ def finish_arguments(sums: Tensor, dq: Tensor, scale: float) -> tuple[tuple[int,
     """The grid and the arguments of the kernel that makes dq of its sums.
 
     Args:
-        sums: float32, contiguous, [B, Hq, Sq or more, D or more]; dq: [B, Hq, Sq, D], D contiguous.
+        sums: float32, contiguous, [B * Hq, Sq or more, D or more]; dq: [B, Hq, Sq, D], D contiguous.
     """
     batch, heads, seqlen, head_dim = dq.shape
     blocks, columns = triton.cdiv(seqlen, BLOCK), triton.next_power_of_2(head_dim)
     return (batch * heads * blocks, 1, 1), (
-        sums, dq, *dq.stride()[:3], scale, heads, seqlen, sums.shape[2], blocks, head_dim, sums.shape[3], BLOCK,
+        sums, dq, *dq.stride()[:3], scale, heads, seqlen, sums.shape[1], blocks, head_dim, sums.shape[2], BLOCK,
         columns,
     )  # fmt: skip

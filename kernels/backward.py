@@ -33,6 +33,7 @@ from fa3_inductor.kernels.forward import (
     tma_strides,
 )
 from fa3_inductor.kernels.ranges import mask_axes, ranges_arguments, ranges_kernel, ranges_shape
+from fa3_inductor.kernels.sums import BOX, count_size, slots_of
 from fa3_inductor.kernels.terms import broadcast, functions, has_terms, program_of
 
 _LOG2E = math.log2(math.e)
@@ -128,8 +129,8 @@ def attention_backward(
                     _calls.clear()
                 _calls[key] = _prepare(dout, q, k, v, bias, mask, out, lse, **options)
             return attention_backward(dout, q, k, v, bias, mask, out, lse, **options)
-    dq, dk, dv, rows, sums, next_tile, dscores, ranges, turns = _buffers(
-        q, k, v, mask, formulas, call.tile, bias_grad, deterministic
+    dq, dk, dv, rows, sums, counts, dscores, ranges, turns = _buffers(
+        q, k, v, mask, formulas, call.tile, call.slots, bias_grad, deterministic
     )
     if call.launch is None:
         for x in (dq, dk, dv):
@@ -138,15 +139,17 @@ def attention_backward(
         stream = driver.active.get_current_stream(call.device)
         at = rows.data_ptr()
         statistics = at, at + 4 * rows[0].numel()
-        counted = sums.data_ptr(), next_tile.data_ptr()
+        counted = sums.data_ptr(), counts.data_ptr()
         call.find_statistics(stream, *(x.data_ptr() for x in (out, dout, lse)), *statistics, *counted)
         if call.find_ranges is not None:
             call.find_ranges(stream, *mask_addresses(mask, formulas), ranges.data_ptr())
-        more = (dscores, ranges, bias, *formulas.tables, mask, seed, turns, next_tile)
+        more = (dscores, ranges, bias, *formulas.tables, mask, seed, turns, counts)
         more = (x.data_ptr() for x in more if x is not None)
         addresses = (x.data_ptr() for x in (dout, q, k, v))
-        call.launch(stream, *addresses, *statistics, sums.data_ptr(), dk.data_ptr(), dv.data_ptr(), *more)
-        call.finish(stream, sums.data_ptr(), dq.data_ptr())
+        results = (x.data_ptr() for x in (sums, dq, dk, dv))
+        call.launch(stream, *addresses, *statistics, *results, *more)
+        if call.finish is not None:
+            call.finish(stream, sums.data_ptr(), dq.data_ptr())
     if not bias_grad:
         return dq, dk, dv, None
     dbias = dscores[..., : q.shape[2]].mT
@@ -166,21 +169,23 @@ class _Call(NamedTuple):
     launch: launch.Launch | None  # None: there is nothing to compute
     find_statistics: launch.Launch | None
     find_ranges: launch.Launch | None  # of the mask
-    finish: launch.Launch | None
+    finish: launch.Launch | None  # None: the kernel rounds dQ itself
     tile: Tile
+    slots: int | None  # kv heads whose sums there are then
     device: int
 
 
-def _buffers(q, k, v, mask, formulas, tile, bias_grad, deterministic) -> tuple:
-    """dq, dk, dv, and what kernels need in between: two statistics of each row, dQ in float32, the next tile's number,
-    dS, ranges, turns."""
+def _buffers(q, k, v, mask, formulas, tile, slots, bias_grad, deterministic) -> tuple:
+    """dq, dk, dv, and what kernels need in between: two statistics of each row, dQ in float32, counts, dS, ranges,
+    turns."""
     batch, q_heads, seqlen_q, head_dim = q.shape
     padded = -(-seqlen_q // MULTIPLE) * MULTIPLE
     dq, dk, dv = (output_like(x, x.shape[3]) for x in (q, k, v))
     rows = q.new_empty((2, batch, q_heads, padded), dtype=torch.float32)
-    next_tile = q.new_empty(1, dtype=torch.int32)
+    counts = q.new_empty(1 if slots is None else count_size(batch * k.shape[1]), dtype=torch.int32)
     columns = max(_columns(head_dim), 192) if tile.wide else head_dim
-    sums = q.new_empty((batch, q_heads, padded, columns), dtype=torch.float32)
+    heads = batch * q_heads if slots is None else slots * (q_heads // k.shape[1])
+    sums = q.new_empty((heads, padded, columns), dtype=torch.float32)
     dscores = q.new_zeros((batch, q_heads, k.shape[2], padded)) if bias_grad else None
     ranges = None
     if (mask is not None or formulas.mask) and not deterministic:
@@ -189,7 +194,7 @@ def _buffers(q, k, v, mask, formulas, tile, bias_grad, deterministic) -> tuple:
     turns = None
     if deterministic:
         turns = q.new_zeros(4 * (batch * q_heads * -(-seqlen_q // tile.block_m) * 2 + 1), dtype=torch.int32)
-    return dq, dk, dv, rows, sums, next_tile, dscores, ranges, turns
+    return dq, dk, dv, rows, sums, counts, dscores, ranges, turns
 
 
 def _by_key(q, k, mask, formulas) -> tuple:
@@ -208,16 +213,17 @@ def _prepare(
     # Tensors of our own: two of them may be one now and not at the next call.
     dout, q, k, v, out, lse = (x.detach() for x in (dout, q, k, v, out, lse))
     tile = tile_for(q.shape[3], v.shape[3], has_terms(bias, mask, softcap, formulas) or seed is not None)
-    dq, dk, dv, rows, sums, next_tile, dscores, ranges, turns = _buffers(
-        q, k, v, mask, formulas, tile, bias_grad, deterministic
+    work = work_of(q, k, tile, window_left, window_right, not deterministic and seed is None, multiprocessors(q.device))
+    dq, dk, dv, rows, sums, counts, dscores, ranges, turns = _buffers(
+        q, k, v, mask, formulas, tile, work.slots, bias_grad, deterministic
     )
     if not (dq.numel() and dk.numel()):
-        return _Call(None, None, None, None, tile, q.get_device())
+        return _Call(None, None, None, None, tile, work.slots, q.get_device())
     lse2, delta = rows
     lse_scale = _LOG2E if _is_capped(softcap, formulas) else 1 / scale
-    grid, args = statistics_arguments(out, dout, lse, lse2, delta, sums, next_tile, lse_scale)
+    grid, args = statistics_arguments(out, dout, lse, lse2, delta, sums, counts, lse_scale)
     find_statistics = launch.prepare(
-        statistics_kernel, grid, args, (out, dout, lse, lse2, delta, sums, next_tile), {"num_warps": 4}
+        statistics_kernel, grid, args, (out, dout, lse, lse2, delta, sums, counts), {"num_warps": 4}
     )
     find_ranges = None
     if ranges is not None:
@@ -225,16 +231,68 @@ def _prepare(
         grid, args = ranges_arguments(whole, ranges, tile.keys, tile.block_m, shape, axes[2], formulas, by_key=True)
         find_ranges = launch.prepare(ranges_kernel, grid, args, ranges_tensors(args), {"num_warps": 16})
     grid, args = launch_arguments(
-        dout, q, k, v, bias, mask, lse2, delta, sums, dk, dv, dscores, ranges, next_tile, scale, window_left,
-        window_right, softcap, seed, dropout_p, formulas, turns, tile=tile,
+        dout, q, k, v, bias, mask, lse2, delta, sums, dq, dk, dv, dscores, ranges, counts, scale, window_left,
+        window_right, softcap, seed, dropout_p, formulas, turns, tile=tile, work=work,
     )  # fmt: skip
     kernel = backward_wide_kernel if tile.wide else backward_kernel
     operands = (operand for operand, *_ in args[_OPERANDS])
-    tensors = (dout, q, k, v, lse2, delta, sums, dk, dv, dscores, ranges, *operands, seed, turns, next_tile)
+    tensors = (dout, q, k, v, lse2, delta, sums, dq, dk, dv, dscores, ranges, *operands, seed, turns, counts)
     main = launch.prepare(kernel, grid, args, tuple(x for x in tensors if x is not None), {"num_warps": 4})
-    grid, args = finish_arguments(sums, dq, scale)
-    finish = launch.prepare(finish_kernel, grid, args, (sums, dq), {"num_warps": 4})
-    return _Call(main, find_statistics, find_ranges, finish, tile, q.get_device())
+    finish = None
+    if work.slots is None:
+        grid, args = finish_arguments(sums, dq, scale)
+        finish = launch.prepare(finish_kernel, grid, args, (sums, dq), {"num_warps": 4})
+    return _Call(main, find_statistics, find_ranges, finish, tile, work.slots, q.get_device())
+
+
+class Work(NamedTuple):
+    """The tiles of keys, and who takes them."""
+
+    n_tiles: int  # of a kv head
+    heads: int  # kv heads of all batches
+    section: int  # heads whose tiles are taken together
+    persistent: bool  # whether a CTA takes one tile after another
+    ctas: int
+    slots: int | None  # kv heads whose dQ is being added up at a time; None: all, and another kernel rounds
+
+
+def work_of(
+    q: Tensor, k: Tensor, tile: Tile, window_left: int | None, window_right: int | None, may_stay: bool, sm_count: int
+) -> Work:
+    """How the tiles of a problem are taken.
+
+    Args:
+        may_stay: whether CTAs may take tile after tile, and bring the next one's queries while they finish the last. On
+            an H200, over 30 points of the benchmark, that is 0.948 of FlashAttention-3 in place of 0.921. Not in order:
+            there, a tile is better taken when it is begun, since others wait for it (head_dim 64, causal, 16384
+            positions: 462 TFLOP/s, 422 if CTAs stay). Nor with dropout, for the registers (head_dim 128, 4096
+            positions, on an H200: 2.98 ms, 3.31 if so).
+    """
+    batch, q_heads, seqlen_q, head_dim = q.shape
+    kv_heads, seqlen_k = k.shape[1:3]
+    n_tiles, heads = -(-seqlen_k // tile.keys), batch * kv_heads
+    ctas = min(heads * n_tiles, sm_count) if may_stay else heads * n_tiles
+    rounds = may_stay and not tile.wide
+    section = 1
+    if n_tiles and any(_edges(seqlen_q, seqlen_k, window_left, window_right)[:2]):
+        # The longest first, and heads enough at a time for two rounds.
+        section = max(1, min(heads, 2 * sm_count // n_tiles))
+        if rounds:  # dQ of two sections is to stay in the L2 cache
+            head_bytes = 4 * head_dim * seqlen_q * q_heads // kv_heads
+            section = max(1, min(section, SECTION_BYTES // max(1, head_bytes)))
+    slots = slots_of(heads, n_tiles, section, ctas) if rounds and ctas else None
+    return Work(n_tiles, heads, section, may_stay, ctas, slots)
+
+
+# On an H200, at head_dim 128, causal, 512 positions: 231 TFLOP/s; 220 with twice as much.
+SECTION_BYTES = 9 << 20
+
+
+def _edges(seqlen_q: int, seqlen_k: int, left: int | None, right: int | None) -> tuple[bool, bool, int, int]:
+    """Whether a window has a left and a right edge, and where they are."""
+    has_left = left is not None and left < seqlen_q - 1
+    has_right = right is not None and right < seqlen_k - 1
+    return has_left, has_right, max(left, -seqlen_k) if has_left else 0, max(right, -seqlen_q) if has_right else 0
 
 
 _OPERANDS = 11  # which argument of the kernels they are
@@ -242,61 +300,50 @@ _OPERANDS = 11  # which argument of the kernels they are
 
 def launch_arguments(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, lse: Tensor, delta: Tensor,
-    sums: Tensor, dk: Tensor, dv: Tensor, dscores: Tensor | None, ranges: Tensor | None,
-    next_tile: Tensor, scale: float, window_left: int | None = None, window_right: int | None = None,
+    sums: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, dscores: Tensor | None, ranges: Tensor | None,
+    counts: Tensor, scale: float, window_left: int | None = None, window_right: int | None = None,
     softcap: float | None = None, seed: Tensor | None = None, dropout_p: float = 0.0,
-    formulas: Formulas = NO_FORMULAS, turns: Tensor | None = None, *, tile: Tile, sm_count: int | None = None,
+    formulas: Formulas = NO_FORMULAS, turns: Tensor | None = None, *, tile: Tile, work: Work,
 ) -> tuple[tuple[int, int, int], tuple]:  # fmt: skip
     """The grid and the arguments of the kernel.
 
     Args:
-        lse, delta: of the statistics kernel; sums: dQ's accumulator, as `_buffers` has it.
+        lse, delta: of the statistics kernel; sums: dQ's accumulator, as `_buffers` has it, 0.
         dscores: 16-bit [B, Hq, Sk, padded Sq], to be filled with dS^T.
-        next_tile: int32 [1], 0: how many tiles of keys were taken beyond the first ones.
+        counts: int32, 0: those of `sums`, or the first of them.
         ranges: of the mask's transpose, for blocks of the tile's keys and query tiles of its block_m.
         turns: the counts of dQ's sums, int32, 0, for these to be in order; with them there are no ranges.
     """
     batch, q_heads, seqlen_q, _ = q.shape
     kv_heads, seqlen_k = v.shape[1:3]
-    has_left = window_left is not None and window_left < seqlen_q - 1
-    has_right = window_right is not None and window_right < seqlen_k - 1
-    left = max(window_left, -seqlen_k) if has_left else 0
-    right = max(window_right, -seqlen_q) if has_right else 0
+    has_left, has_right, left, right = _edges(seqlen_q, seqlen_k, window_left, window_right)
     program, operands = program_of(bias, mask, softcap, (batch, q_heads, seqlen_q, seqlen_k), formulas)
     load, apply, _ = open_load, open_apply, _ = functions(program, backward=True)
     if ranges is not None:
         steps = (0 if size == 1 else by // ranges.shape[3] for size, by in zip(ranges.shape[:3], ranges.stride()))
         ranges = ranges, *steps
         open_load, open_apply, _ = functions(program.without_mask(), backward=True)
-    n_tiles, heads = -(-seqlen_k // tile.keys), batch * kv_heads
-    sm_count = sm_count or multiprocessors(q.device)
-    section = 1
-    if has_left or has_right:  # the longest first, and heads enough at a time for two rounds
-        section = max(1, min(heads, 2 * sm_count // n_tiles))
     width, width_v = tile.width, tile.width
-    options = tile.stages, tile.do_stages
+    rounding, options = (), (tile.stages, tile.do_stages)
     if tile.wide:
-        columns, columns_v = sums.shape[3], _columns(v.shape[3])
+        columns, columns_v = sums.shape[2], _columns(v.shape[3])
         width_v = 128 if columns_v == 128 else width
         options += columns, columns_v, _is_capped(softcap, formulas)
-    block, rows = [ROWS, tile.dq_columns], sums.flatten(0, 2)
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.float32)
-    dq = TensorDescriptor(sums, list(rows.shape), list(rows.stride()), block, layout)
-    # CTAs that stay take tile after tile, and bring the next one's queries while they finish the last. On an H200, over
-    # 30 points of the benchmark, that is 0.948 of FlashAttention-3 in place of 0.921. Not in order: there, a tile is
-    # better taken when it is begun, since others wait for it (head_dim 64, causal, 16384 positions: 462 TFLOP/s, 422 if
-    # CTAs stay). Nor with dropout, for the registers (head_dim 128, 4096 positions, on an H200: 2.98 ms, 3.31 if so).
-    persistent = turns is None and seed is None
-    ctas = min(heads * n_tiles, sm_count) if persistent else heads * n_tiles
-    return (ctas, 1, 1), (
+    else:
+        rounding = (None,) * 8
+        if work.slots is not None:
+            # (Strides in eights, for the compiler to know that they are multiples of that.)
+            strides = (by // 8 for by in dq.stride()[:3])
+            rounding = work.slots, _rows(sums, BOX), sums, sums.shape[2] // 8, dq, *strides
+    return (work.ctas, 1, 1), (
         _descriptor(q, tile.block_m, width), _descriptor(dout, tile.block_m, width_v), _descriptor(k, ROWS, width),
-        _descriptor(v, ROWS, width_v), _flat(lse, tile.block_m), _flat(delta, tile.block_m), dq,
-        None if dscores is None else _descriptor(dscores, ROWS, tile.block_m),
+        _descriptor(v, ROWS, width_v), _flat(lse, tile.block_m), _flat(delta, tile.block_m),
+        _rows(sums, (ROWS, tile.dq_columns)), None if dscores is None else _descriptor(dscores, ROWS, tile.block_m),
         _descriptor(dk, ROWS, width), _descriptor(dv, ROWS, width_v), ranges, operands,
-        n_tiles, kv_heads, heads, section, q_heads // kv_heads, lse.shape[2], seqlen_q, seqlen_k, left, right,
-        scale * _LOG2E, scale, seed, threshold(dropout_p), keep_scale(dropout_p), turns,
-        None if turns is None else _flat(turns, 4), next_tile,
-        has_left, has_right, load, apply, open_load, open_apply, _is_capped(softcap, formulas), persistent,
+        work.n_tiles, kv_heads, work.heads, work.section, q_heads // kv_heads, lse.shape[2], seqlen_q, seqlen_k,
+        left, right, scale * _LOG2E, scale, seed, threshold(dropout_p), keep_scale(dropout_p), turns,
+        None if turns is None else _flat(turns, 4), counts, *rounding,
+        has_left, has_right, load, apply, open_load, open_apply, _is_capped(softcap, formulas), work.persistent,
         *options,
     )  # fmt: skip
 
@@ -316,6 +363,12 @@ def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(
         x, list(x.shape), tma_strides(x), [1, 1, rows, columns], shared_layout(rows, columns, x.dtype)
     )
+
+
+def _rows(x: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    """A TMA descriptor of a contiguous float32 tensor's last dimension, in blocks."""
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), gl.float32)
+    return TensorDescriptor(x, [x.numel() // x.shape[-1], x.shape[-1]], [x.shape[-1], 1], list(block), layout)
 
 
 def _flat(x: Tensor, size: int) -> TensorDescriptor:

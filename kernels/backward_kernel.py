@@ -25,20 +25,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from fa3_inductor.kernels.compat import reinterpret, tma_add, tma_load, tma_store
 from fa3_inductor.kernels.dropout import kept, key_of_head
 from fa3_inductor.kernels.forward_kernel import ROWS, _arrive, _barriers, _mask, _ring, _sync, _tile
+from fa3_inductor.kernels.sums import HEADS, WARPS, _count_up, _round, _wait_for_slot
+from fa3_inductor.kernels.sums import STAGES as SUMS_STAGES
 
 CONSUMERS = gl.constexpr(2)
 THREADS = gl.constexpr(128 * 2 + 32)  # of consumers and producer
 
 # Hardware barriers, as in the forward kernel.
+ADDED = gl.constexpr(6)  # consumer 1 has added all of a tile to dQ
 FINISHED = gl.constexpr(7)  # both consumers have read each other's dS
 Q_EMPTY = gl.constexpr(8)  # and 9: one per stage
 DO_EMPTY = gl.constexpr(10)  # and 11
 EXCHANGE = gl.constexpr(12)  # to 15: a consumer's dS is there, of an even tile (12 and 13) and of an odd one
 
 
-# Tiles of keys are numbered. The first of a CTA is that of its own number; the producer asks for the next one when it
-# has brought what the last needs, and hands the number on by way of two slots in shared memory: it asks for the one
-# after that only when the consumers are through with the keys of the last, and so have read the number of this.
+# Tiles of keys are numbered. The producer asks for the next one when it has brought what the last needs, and tells the
+# consumers where that is by way of two slots in shared memory: batch, kv head, first key, and the first row of dQ's
+# sums. It asks for the one after that only when the consumers are through with the keys of the last, and so have read
+# where this is.
+PLACE = gl.constexpr(4)  # numbers of a slot
 
 
 @gluon.jit
@@ -48,24 +53,26 @@ def _count(work):
 
 
 @gluon.jit
-def _hand_on(number, next_smem, next_full, step):
-    """Tells the consumers which tile of keys is number `step` of this CTA's."""
+def _hand_on(place, place_smem, place_full, step):
+    """Tells the consumers where tile of keys number `step` of this CTA is; a negative batch is the end."""
     slot = step % 2
-    next_smem.index(slot).store(gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0])) + number)
-    mbarrier.arrive(next_full.index(slot), count=1)
+    one = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+    for i in gl.static_range(PLACE):
+        place_smem.index(slot * PLACE + i).store(one + place[i])
+    mbarrier.arrive(place_full.index(slot), count=1)
 
 
 @gluon.jit
-def _read(next_smem, step):
-    """The number that was handed on and is there."""
-    return gl.max(next_smem.index(step % 2).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+def _read(place_smem, step, WHICH: gl.constexpr):
+    """A number that was handed on and is there."""
+    return gl.max(place_smem.index(step % 2 * PLACE + WHICH).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit
-def _next(next_smem, next_full, step):
-    """The number that the producer hands on."""
-    mbarrier.wait(next_full.index(step % 2), (step // 2) & 1)
-    return _read(next_smem, step)
+def _is_there(place_smem, place_full, step):
+    """Waits to be told of a tile of keys; whether there is one."""
+    mbarrier.wait(place_full.index(step % 2), (step // 2) & 1)
+    return _read(place_smem, step, 0) >= 0
 
 
 @gluon.jit
@@ -83,6 +90,28 @@ def _place(number, work, KEYS: gl.constexpr):
     if turns_ptr is not None:
         tile = n_tiles - 1 - tile
     return flat // kv_heads, flat % kv_heads, tile * KEYS
+
+
+@gluon.jit
+def _whole_place(number, work, ring, group, padded_q, KEYS: gl.constexpr):
+    """What the producer hands on."""
+    batch, kv_head, key0 = _place(number, work, KEYS)
+    flat = batch * work[1] + kv_head
+    if ring[0] is not None:
+        flat = flat % ring[0]
+    return batch, kv_head, key0, flat * group * padded_q
+
+
+@gluon.jit
+def _own_place(step, work, place_smem, group, padded_q, KEYS: gl.constexpr, PERSISTENT: gl.constexpr):
+    """The same, of a consumer's tile. To be worked out again when it is needed again, for the registers."""
+    if PERSISTENT:
+        return (
+            _read(place_smem, step, 0), _read(place_smem, step, 1), _read(place_smem, step, 2),
+            _read(place_smem, step, 3),
+        )  # fmt: skip
+    else:
+        return _whole_place(_opaque(gl.program_id(0)), work, (None,), group, padded_q, KEYS)
 
 
 @gluon.jit
@@ -224,17 +253,20 @@ def _produce(
 ):  # fmt: skip
     """The producer warp."""
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, smem, bars, work, window, ranges, group, padded_q = args[:13]
-    next_ptr, next_smem = args[13:]
+    counts_ptr, ring, place_smem = args[13:]
     q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem = smem
-    q_full, do_full, kv_full, kv_empty, next_full = bars
+    q_full, do_full, kv_full, kv_empty, place_full = bars
     it = 0
     step = 0
     q_heads = work[1] * group
     number = gl.program_id(0)
     if PERSISTENT:
-        _hand_on(number, next_smem, next_full, step)
+        number = gl.atomic_add(counts_ptr, 1, sem="relaxed")
     while number < _count(work):
-        batch, kv_head, key0 = _place(number, work, KEYS)
+        batch, kv_head, key0, sums_row = _whole_place(number, work, ring, group, padded_q, KEYS)
+        if PERSISTENT:
+            _hand_on((batch, kv_head, key0, sums_row), place_smem, place_full, step)
+        _wait_for_slot(ring, batch * work[1] + kv_head)
         keys = (k_desc, v_desc, (batch, kv_head, key0), k_smem, v_smem, kv_full, kv_empty, step)
         missing = True  # the keys: from the second tile on, the first queries have a place before they do
         if not PERSISTENT:
@@ -254,11 +286,12 @@ def _produce(
         if PERSISTENT:
             if missing:
                 _load_keys(*keys)
-            number = gl.atomic_add(next_ptr, 1, sem="relaxed") + gl.num_programs(0)
+            number = gl.atomic_add(counts_ptr, 1, sem="relaxed")
             step += 1
-            _hand_on(number, next_smem, next_full, step)
         else:
             number = _count(work)
+    if PERSISTENT:
+        _hand_on((-1, 0, 0, 0), place_smem, place_full, step)
 
 
 @gluon.jit
@@ -432,17 +465,17 @@ def _query_loop(
 
 @gluon.jit
 def _work_on(
-    number, step, it, args, WG: gl.constexpr, BLOCK_M: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+    step, it, args, WG: gl.constexpr, BLOCK_M: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
     DO_STAGES: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr,
     OPEN_LOAD: gl.constexpr, OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, DROPOUT: gl.constexpr,
     PERSISTENT: gl.constexpr,
 ):  # fmt: skip
-    """One tile of keys of consumer warp group number WG, of this CTA's number `step`."""
+    """Tile of keys number `step` of this CTA, of consumer warp group number WG."""
     dq_desc, ds_desc, dk_desc, dv_desc, operands, smem, bars, work, window, ranges, group = args[:11]
-    scale, grad_scale, dropout, turns_ptr, turns_desc, one_smem, next_smem, padded_q = args[11:]
+    scale, grad_scale, dropout, turns_ptr, turns_desc, one_smem, place_smem, padded_q = args[11:]
     seed_ptr, threshold, keep_scale = dropout
     ds_smem, dq_smem = smem[4:6]
-    q_full, do_full, kv_full, kv_empty, next_full = bars
+    q_full, do_full, kv_full, kv_empty, place_full = bars
     seqlen_q, seqlen_k, left, right = window
     dtype: gl.constexpr = dk_desc.dtype
     D: gl.constexpr = dk_desc.block_type.shape[3]
@@ -451,7 +484,7 @@ def _work_on(
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     loop_bars = (q_full, do_full)
-    batch, kv_head, tile_key0 = _place(number, work, KEYS)
+    batch, kv_head, tile_key0, sums_row = _own_place(step, work, place_smem, group, padded_q, KEYS, PERSISTENT)
     key0 = tile_key0 + WG * ROWS
     dk = gl.zeros([ROWS, D], gl.float32, dk_layout)
     dv = gl.zeros([ROWS, DV], gl.float32, dv_layout)
@@ -459,7 +492,8 @@ def _work_on(
         mbarrier.wait(kv_full.index(i), step & 1)
     for head in range(kv_head * group, (kv_head + 1) * group):
         flat = batch * (work[1] * group) + head
-        place = (batch, head, flat * padded_q, key0)
+        place = (batch, head, sums_row, key0)
+        sums_row += padded_q
         random = (0, 0, 0, 0.0)
         if DROPOUT:
             key, salt = key_of_head(seed_ptr, flat)
@@ -490,10 +524,10 @@ def _work_on(
             _pass_on(turns_desc, one_smem, turn, stop > first)
 
     # Out by way of dQ's shared memory and, once the other consumer has read it too, of dS's.
+    batch, kv_head, tile_key0, _ = _own_place(step, work, place_smem, group, padded_q, KEYS, PERSISTENT)
+    flat = batch * work[1] + kv_head
     if PERSISTENT:
-        number = _read(next_smem, step)
         mbarrier.arrive(kv_empty.index(WG), count=1)
-    batch, kv_head, tile_key0 = _place(_opaque(number), work, KEYS)  # worked out again, for the registers
     key0 = tile_key0 + WG * ROWS
     tma.store_wait(0)
     dk_smem = reinterpret(dq_smem.index(WG), dk_desc.dtype, dk_desc.block_type.shape, dk_desc.layout)
@@ -507,7 +541,21 @@ def _work_on(
     dv_smem.reshape([ROWS, DV]).store(dv.to(dtype))
     fence_async_shared()
     tma_store(dv_desc, [batch, kv_head, key0, 0], dv_smem)
-    return it
+    return it, flat
+
+
+@gluon.jit
+def _added(ring, head, WG: gl.constexpr):
+    """Counts a tile of keys that both consumers have added to a kv head's dQ, once that is in memory.
+
+    (All but what was stored last, dK and dV. `tma.store_wait` waits for less: until shared memory has been read.)
+    """
+    gl.inline_asm_elementwise("cp.async.bulk.wait_group 2; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
+    if WG == 0:
+        _sync(ADDED, 256)
+        _count_up(ring[2] + HEADS + head, 4)
+    else:
+        _arrive(ADDED, 256)
 
 
 @gluon.jit
@@ -519,22 +567,22 @@ def _consume(
     PERSISTENT: gl.constexpr,
 ):  # fmt: skip
     """Consumer warp group number WG."""
-    work, next_smem, next_full = queue
+    place_smem, place_full, ring = queue
     it = 0
     step = 0
     if PERSISTENT:
-        number = _next(next_smem, next_full, step)
-        while number < _count(work):
-            it = _work_on(
-                number, step, it, args, WG, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD,
+        while _is_there(place_smem, place_full, step):
+            it, head = _work_on(
+                step, it, args, WG, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD,
                 OPEN_APPLY, CAPPED, DROPOUT, PERSISTENT,
             )  # fmt: skip
             step += 1
-            number = _next(next_smem, next_full, step)
+            if ring[0] is not None:
+                _added(ring, head, WG)
             tma.store_wait(0)
     else:
         _work_on(
-            gl.program_id(0), step, it, args, WG, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD,
+            step, it, args, WG, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD,
             OPEN_APPLY, CAPPED, DROPOUT, PERSISTENT,
         )  # fmt: skip
         tma.store_wait(0)
@@ -543,14 +591,15 @@ def _consume(
 @gluon.jit(
     do_not_specialize=[
         "n_tiles", "kv_heads", "heads", "section", "group", "padded_q", "seqlen_q", "seqlen_k", "left", "right",
-        "threshold",
+        "threshold", "slots", "columns", "dq_batch", "dq_head", "dq_row",
     ],
     do_not_specialize_on_alignment=["seed_ptr"],
 )  # fmt: skip
 def backward_kernel(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, ds_desc, dk_desc, dv_desc, ranges, operands,
     n_tiles, kv_heads, heads, section, group, padded_q, seqlen_q, seqlen_k, left, right, scale, grad_scale,
-    seed_ptr, threshold, keep_scale, turns_ptr, turns_desc, next_ptr,
+    seed_ptr, threshold, keep_scale, turns_ptr, turns_desc, counts_ptr, slots, boxes_desc, sums_ptr,
+    columns, dq_ptr, dq_batch, dq_head, dq_row,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
     OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, PERSISTENT: gl.constexpr, STAGES: gl.constexpr,
     DO_STAGES: gl.constexpr,
@@ -574,28 +623,41 @@ def backward_kernel(
     do_full = _barriers(DO_STAGES)
     kv_full = _barriers(2 * CONSUMERS)
     kv_empty = _barriers(CONSUMERS)
-    next_full = _barriers(2)
-    next_smem = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    place_full = _barriers(2)
+    place_smem = gl.allocate_shared_memory(gl.int32, [2 * PLACE, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     one_smem = lse_smem  # (of no use)
     if turns_ptr is not None:
         one_smem = _one(turns_desc)
+    WIDTH: gl.constexpr = k_desc.block_type.shape[3]
+    ring = (slots,)
+    sums_smem = dq_smem  # (of no use)
+    sums_there = place_full
+    if slots is not None:
+        ring = (
+            slots, boxes_desc, counts_ptr, sums_ptr, columns, dq_ptr, dq_batch, dq_head, dq_row, heads, n_tiles,
+            kv_heads, group, padded_q, seqlen_q, grad_scale,
+        )  # fmt: skip
+        sums_smem = gl.allocate_shared_memory(
+            gl.float32, [SUMS_STAGES] + boxes_desc.block_type.shape, boxes_desc.layout
+        )
+        sums_there = _barriers(SUMS_STAGES)
     fence_async_shared()
 
     work = (n_tiles, kv_heads, heads, section, turns_ptr)
     window = (seqlen_q, seqlen_k, left, right)
-    bars = (q_full, do_full, kv_full, kv_empty, next_full)
+    bars = (q_full, do_full, kv_full, kv_empty, place_full)
     produce = (
         q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc,
         (q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem), bars, work, window, ranges, group, padded_q,
-        next_ptr, next_smem,
+        counts_ptr, ring, place_smem,
     )  # fmt: skip
     consume = (
         dq_desc, ds_desc, dk_desc, dv_desc, operands,
         (q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, lse_smem, delta_smem), bars, work, window, ranges, group,
-        scale, grad_scale, (seed_ptr, threshold, keep_scale), turns_ptr, turns_desc, one_smem, next_smem,
+        scale, grad_scale, (seed_ptr, threshold, keep_scale), turns_ptr, turns_desc, one_smem, place_smem,
         padded_q,
     )  # fmt: skip
-    queue = (work, next_smem, next_full)
+    queue = (place_smem, place_full, ring)
     DROPOUT: gl.constexpr = seed_ptr is not None
     gl.warp_specialize(
         [
@@ -608,7 +670,8 @@ def backward_kernel(
                 CAPPED, DROPOUT, PERSISTENT,
             )),
             (_produce, (produce, BLOCK_M, KEYS, STAGES, DO_STAGES, LEFT, RIGHT, PERSISTENT)),
+            (_round, (ring, sums_smem, sums_there, WIDTH)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1, WARPS],
+        [240, 24, 24],
     )  # fmt: skip

@@ -48,19 +48,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from fa3_inductor.kernels.backward_kernel import (
     CONSUMERS,
     DO_EMPTY,
+    PLACE,
     Q_EMPTY,
     THREADS,
-    _count,
+    _is_there,
     _mask_tile,
-    _next,
     _one,
     _opaque,
+    _own_place,
     _pass_on,
     _peek,
-    _place,
     _produce,
     _query_ranges,
-    _read,
     _take_turn,
     _turn_of,
 )
@@ -307,16 +306,16 @@ def _query_loop(
 
 @gluon.jit
 def _work_on(
-    tile_number, step, it, args, ROLE: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    step, it, args, ROLE: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
     DO_STAGES: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr,
     OPEN_LOAD: gl.constexpr, OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, COLUMNS: gl.constexpr,
     COLUMNS_V: gl.constexpr, LATE: gl.constexpr, DROPOUT: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
-    """One tile of keys of the consumer of that role, of this CTA's number `step`."""
+    """Tile of keys number `step` of this CTA, of the consumer of that role."""
     dq_desc, ds_desc, out_desc, operands, smem, bars, work, window, ranges, group, padded_q = args[:11]
-    scale, grad_scale, seed_ptr, threshold, keep_scale, turns, next_smem = args[11:]
+    scale, grad_scale, seed_ptr, threshold, keep_scale, turns, place_smem = args[11:]
     q_smem, do_smem, k_smem, v_smem, p_smem, ds_smem, dq_smem, lse_smem, delta_smem = smem
-    q_full, do_full, kv_full, kv_empty, next_full = bars
+    q_full, do_full, kv_full, kv_empty, place_full = bars
     seqlen_q, seqlen_k, left, right = window
     dtype: gl.constexpr = out_desc.dtype
     COLUMN: gl.constexpr = _first_column(ROLE)
@@ -324,7 +323,7 @@ def _work_on(
     OUT_COLUMNS: gl.constexpr = COLUMNS_V if ROLE == WEIGHTS else COLUMNS
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     loop_bars = (q_full, do_full)
-    batch, kv_head, key0 = _place(tile_number, work, ROWS)
+    batch, kv_head, key0, sums_row = _own_place(step, work, place_smem, group, padded_q, ROWS, PERSISTENT)
     if OUT_COLUMNS == 192:
         acc = (_zeros(128), _zeros(64))
     else:
@@ -341,7 +340,8 @@ def _work_on(
     mbarrier.wait(kv_full.index(1), step & 1)
     for head in range(kv_head * group, (kv_head + 1) * group):
         flat = batch * (work[1] * group) + head
-        place = (batch, head, flat, flat * padded_q, key0)
+        place = (batch, head, flat, sums_row, key0)
+        sums_row += padded_q
         random = (0, 0, 0, 0.0)
         if DROPOUT:
             key, salt = key_of_head(seed_ptr, flat)
@@ -380,8 +380,7 @@ def _work_on(
     if turns[0] is not None:
         _change_turns(turns, turn, -1, 0, -1)
 
-    if PERSISTENT:  # worked out again, for the registers
-        batch, kv_head, key0 = _place(_read(next_smem, step), work, ROWS)
+    batch, kv_head, key0, _ = _own_place(step, work, place_smem, group, padded_q, ROWS, PERSISTENT)
     # Out by way of memory of the same shape that nobody reads any more: V's after the last dS, K's after all of dQ.
     if ROLE == WEIGHTS:
         factor = keep_scale if DROPOUT else 1.0
@@ -409,21 +408,19 @@ def _consume(
     LATE: gl.constexpr, DROPOUT: gl.constexpr, PERSISTENT: gl.constexpr,
 ):  # fmt: skip
     """The consumer of that role."""
-    work, next_smem, next_full = queue
+    place_smem, place_full = queue
     it = 0
     step = 0
     if PERSISTENT:
-        number = _next(next_smem, next_full, step)
-        while number < _count(work):
+        while _is_there(place_smem, place_full, step):
             it = _work_on(
-                number, step, it, args, ROLE, BLOCK_M, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD,
+                step, it, args, ROLE, BLOCK_M, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD,
                 OPEN_APPLY, CAPPED, COLUMNS, COLUMNS_V, LATE, DROPOUT, PERSISTENT,
             )  # fmt: skip
             step += 1
-            number = _next(next_smem, next_full, step)
     else:
         _work_on(
-            gl.program_id(0), step, it, args, ROLE, BLOCK_M, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD,
+            step, it, args, ROLE, BLOCK_M, STAGES, DO_STAGES, LEFT, RIGHT, LOAD, APPLY, OPEN_LOAD,
             OPEN_APPLY, CAPPED, COLUMNS, COLUMNS_V, LATE, DROPOUT, PERSISTENT,
         )  # fmt: skip
 
@@ -438,7 +435,7 @@ def _consume(
 def backward_wide_kernel(
     q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, ds_desc, dk_desc, dv_desc, ranges, operands,
     n_tiles, kv_heads, heads, section, group, padded_q, seqlen_q, seqlen_k, left, right, scale, grad_scale,
-    seed_ptr, threshold, keep_scale, turns_ptr, turns_desc, next_ptr,
+    seed_ptr, threshold, keep_scale, turns_ptr, turns_desc, counts_ptr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
     OPEN_APPLY: gl.constexpr, CAPPED: gl.constexpr, PERSISTENT: gl.constexpr, STAGES: gl.constexpr,
     DO_STAGES: gl.constexpr, COLUMNS: gl.constexpr, COLUMNS_V: gl.constexpr, LATE: gl.constexpr,
@@ -463,8 +460,8 @@ def backward_wide_kernel(
     do_full = _barriers(DO_STAGES)
     kv_full = _barriers(2)
     kv_empty = _barriers(2)
-    next_full = _barriers(2)
-    next_smem = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    place_full = _barriers(2)
+    place_smem = gl.allocate_shared_memory(gl.int32, [2 * PLACE, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     one_smem = lse_smem  # (of no use)
     if turns_ptr is not None:
         one_smem = _one(turns_desc)
@@ -474,22 +471,22 @@ def backward_wide_kernel(
     DROPOUT: gl.constexpr = seed_ptr is not None
     work = (n_tiles, kv_heads, heads, section, turns_ptr)
     window = (seqlen_q, seqlen_k, left, right)
-    bars = (q_full, do_full, kv_full, kv_empty, next_full)
+    bars = (q_full, do_full, kv_full, kv_empty, place_full)
     produce = (
         q_desc, do_desc, k_desc, v_desc, lse_desc, delta_desc,
         (q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem), bars, work, window, ranges, group, padded_q,
-        next_ptr, next_smem,
+        counts_ptr, (None,), place_smem,
     )  # fmt: skip
     smem = (q_smem, do_smem, k_smem, v_smem, p_smem, ds_smem, dq_smem, lse_smem, delta_smem)
     weights = (
         dq_desc, ds_desc, dv_desc, operands, smem, bars, work, window, ranges, group, padded_q, scale, grad_scale,
-        seed_ptr, threshold, keep_scale, turns, next_smem,
+        seed_ptr, threshold, keep_scale, turns, place_smem,
     )  # fmt: skip
     scores = (
         dq_desc, ds_desc, dk_desc, operands, smem, bars, work, window, ranges, group, padded_q, scale, grad_scale,
-        seed_ptr, threshold, keep_scale, turns, next_smem,
+        seed_ptr, threshold, keep_scale, turns, place_smem,
     )  # fmt: skip
-    queue = (work, next_smem, next_full)
+    queue = (place_smem, place_full)
     gl.warp_specialize(
         [
             (_consume, (

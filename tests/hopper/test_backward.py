@@ -100,11 +100,11 @@ def test_in_order_matches_float64(seed):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("window", [(None, None), (None, 0), (100, 50)], ids=str)
 def test_ctas_that_take_several_tiles(head_dim, window, monkeypatch):
-    """Those of keys that no query sees among them."""
+    """Those of keys that no query sees among them; and heads take the memory for dQ's sums in turn."""
     monkeypatch.setattr(backward, "multiprocessors", lambda device: 3)
     monkeypatch.setattr(backward, "_calls", {})
-    q = make("bshd", 2, 4, 300, head_dim, torch.bfloat16)
-    k, v = (make("bshd", 2, 2, 700, head_dim, torch.bfloat16) for _ in "kv")
+    q = make("bshd", 5, 4, 300, head_dim, torch.bfloat16)
+    k, v = (make("bshd", 5, 2, 700, head_dim, torch.bfloat16) for _ in "kv")
     check(q, k, v, scale=head_dim**-0.5, window_left=window[0], window_right=window[1])
 
 

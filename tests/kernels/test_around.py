@@ -47,9 +47,10 @@ def wrong_statistics(seqlen, head_dim, head_dim_v, dtype, extra, out_layout, dou
     lse[torch.rand(lse.shape) < 0.3] = -math.inf
     padded = -(-seqlen // 64) * 64
     rows, around_rows = poisoned(2, BATCH, HEADS, padded)
-    sums, around_sums = poisoned(BATCH, HEADS, padded if extra else seqlen, head_dim + extra)
-    next_tile, around_next = poisoned(1)
-    grid, args = statistics_arguments(out, dout, lse, *rows, sums, next_tile, 1.7)
+    # Those of some heads in turn, or those of all.
+    sums, around_sums = poisoned(4 if extra else BATCH * HEADS, padded if extra else seqlen, head_dim + extra)
+    counts, around_counts = poisoned(BATCH * HEADS)
+    grid, args = statistics_arguments(out, dout, lse, *rows, sums, counts, 1.7)
     statistics_kernel[grid](*args)
     wanted = torch.full_like(rows, math.inf)
     wanted[0, ..., :seqlen] = torch.where(lse == -math.inf, math.inf, lse * 1.7)
@@ -59,9 +60,9 @@ def wrong_statistics(seqlen, head_dim, head_dim_v, dtype, extra, out_layout, dou
         yield "scaled"
     if not torch.allclose(rows[1], wanted[1], atol=1e-4) or rows[1, ..., seqlen:].any():
         yield "delta"
-    if sums.ne(0).any() or next_tile.ne(0).any():
+    if sums.ne(0).any() or counts.ne(0).any():
         yield "zeros"
-    if not (around_rows.isnan().sum() == around_sums.isnan().sum() == around_next.isnan().sum() == 2000):
+    if not (around_rows.isnan().sum() == around_sums.isnan().sum() == around_counts.isnan().sum() == 2000):
         yield "memory of others"
 
 
@@ -69,12 +70,13 @@ def wrong_finish(seqlen, head_dim, dtype, extra, layout):
     from fa3_inductor.kernels.around import finish_arguments, finish_kernel
 
     # Nothing to round: the interpreter does not round to bfloat16, it truncates.
-    sums = torch.randint(-99, 99, (BATCH, HEADS, seqlen + extra, head_dim + extra)).float()
+    sums = torch.randint(-99, 99, (BATCH * HEADS, seqlen + extra, head_dim + extra)).float()
     whole = torch.full((BATCH + 1, HEADS + 1, seqlen + 40, head_dim + 8), math.nan, dtype=dtype)
     if layout == "heads inside":
         whole = whole.transpose(1, 2).contiguous().transpose(1, 2)
     wanted = whole.clone()
-    wanted[1:, 1:, 2 : seqlen + 2, :head_dim] = (sums[:, :, :seqlen, :head_dim] * 0.25).to(dtype)
+    rounded = sums.unflatten(0, (BATCH, HEADS))[..., :seqlen, :head_dim] * 0.25
+    wanted[1:, 1:, 2 : seqlen + 2, :head_dim] = rounded.to(dtype)
     grid, args = finish_arguments(sums, whole[1:, 1:, 2 : seqlen + 2, :head_dim], 0.25)
     finish_kernel[grid](*args)
     if not torch.equal(whole.nan_to_num(99), wanted.nan_to_num(99)):

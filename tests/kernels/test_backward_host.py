@@ -1,6 +1,10 @@
 """The host side of the backward kernel, and its work distribution run as plain Python. No GPU needed."""
 
+import collections
+import functools
 import itertools
+import random
+import types
 
 import pytest
 import torch
@@ -86,15 +90,16 @@ def arguments(head_dim, heads, seqlen, **options):
     q, k, v, dout = (torch.empty(1, heads, seqlen, head_dim, device="meta", dtype=torch.bfloat16) for _ in range(4))
     tile = backward.tile_for(head_dim, head_dim)
     in_order, dropout = options.get("in_order", False), options.get("dropout", False)
-    buffers = backward._buffers(q, k, v, None, NO_FORMULAS, tile, False, in_order)
-    dq, dk, dv, rows, sums, next_tile, _, _, turns = buffers
+    work = backward.work_of(q, k, tile, None, None, not (in_order or dropout), 132)
+    buffers = backward._buffers(q, k, v, None, NO_FORMULAS, tile, work.slots, False, in_order)
+    dq, dk, dv, rows, sums, counts, _, _, turns = buffers
     lse, delta = rows[0].clone(), rows[1].clone()
     seed = torch.empty(1, device="meta", dtype=torch.int64) if dropout else None
     grid, args = backward.launch_arguments(
-        dout, q, k, v, None, None, lse, delta, sums, dk, dv, None, None, next_tile, 0.1, seed=seed,
-        dropout_p=0.1 if dropout else 0.0, turns=turns, tile=tile, sm_count=132,
+        dout, q, k, v, None, None, lse, delta, sums, dq, dk, dv, None, None, counts, 0.1, seed=seed,
+        dropout_p=0.1 if dropout else 0.0, turns=turns, tile=tile, work=work,
     )  # fmt: skip
-    return grid, args, [q, k, v, dout, lse, delta, sums, dk, dv, next_tile]
+    return grid, args, [q, k, v, dout, lse, delta, sums, dq, dk, dv, counts]
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -104,6 +109,59 @@ def test_descriptors_are_of_the_tensors_themselves(head_dim):
     bases = [arg.base for arg in args if hasattr(arg, "base")]
     assert len(bases) >= 8
     assert all(any(base is x for x in tensors) for base in bases)
+
+
+def comes_to_an_end(work, slots, n_pieces, running):
+    """Whether CTAs that take tiles of keys and pieces of dQ, and wait for each other, do so whatever their speed.
+
+    Each works on a tile while its producer has another one's number already, and its rounding warps have one piece.
+    """
+    place = functools.partial(as_python(backward_kernel._place), work=(work.n_tiles, 1, *work[1:3], None), KEYS=128)
+    tiles = collections.deque(place(number)[0] for number in range(work.n_tiles * work.heads))
+    pieces = collections.deque(head for head in range(work.heads) for _ in range(n_pieces))
+    added, rounded = collections.Counter(), collections.Counter()
+    rng = random.Random(0)
+    ctas = [types.SimpleNamespace(now=None, then=None, piece=None) for _ in range(running)]
+
+    def steps(cta):
+        """What it can do now."""
+        if cta.then is None and tiles:
+            yield lambda: setattr(cta, "then", tiles.popleft())
+        if cta.now is None and cta.then is not None and (cta.then < slots or rounded[cta.then - slots] == n_pieces):
+            yield lambda: (setattr(cta, "now", cta.then), setattr(cta, "then", None))
+        if cta.now is not None:
+            yield lambda: (added.update([cta.now]), setattr(cta, "now", None))
+        if cta.piece is None and pieces:
+            yield lambda: setattr(cta, "piece", pieces.popleft())
+        if cta.piece is not None and added[cta.piece] == work.n_tiles:
+            yield lambda: (rounded.update([cta.piece]), setattr(cta, "piece", None))
+
+    is_stuck = False
+    while not is_stuck:
+        is_stuck = True
+        for cta in rng.sample(ctas, len(ctas)):
+            if can := list(steps(cta)):
+                rng.choice(can)()
+                is_stuck = False
+    return all(rounded[head] == n_pieces for head in range(work.heads))
+
+
+# (batch, query heads, kv heads, seqlen_q, seqlen_k, causal)
+@pytest.mark.parametrize("problem", [
+    (32, 16, 16, 512, 512, True), (32, 16, 16, 512, 512, False), (1, 16, 16, 16384, 16384, True),
+    (1, 32, 8, 8192, 8192, False), (3, 5, 5, 100, 3000, True), (200, 2, 1, 300, 77, False), (1, 1, 1, 1, 1, False),
+    (1, 64, 64, 130, 17000, True),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("running", [1, 2, 131, 132])
+def test_nobody_waits_for_ever(problem, running):
+    """Not even if fewer CTAs run at a time than the GPU has room for."""
+    batch, q_heads, kv_heads, seqlen_q, seqlen_k, causal = problem
+    q, k = torch.empty(batch, q_heads, seqlen_q, 128), torch.empty(batch, kv_heads, seqlen_k, 128)
+    work = backward.work_of(q, k, backward.tile_for(128, 128), None, 0 if causal else None, True, 132)
+    n_pieces = -(-seqlen_q // 128) * (q_heads // kv_heads)
+    assert comes_to_an_end(work, work.slots, n_pieces, min(running, work.ctas))
+    if work.section > 2 and running <= 2:  # as it would with fewer slots
+        assert not comes_to_an_end(work, work.section - running, n_pieces, running)
 
 
 @pytest.mark.parametrize("head_dim, keys", [(64, 128), (128, 128), (256, 64)])
