@@ -40,9 +40,9 @@ SPILLS_OF_FP8 = 256, 8
 SPILLS_OF_PLAIN = 256, 12  # in loops, only with both edges of a window
 SPILLS_OF_BACKWARD = 700, 32  # in loops, 31 with 3.9 where tiles are masked at head_dim 256, 0 with 3.6
 SPILLS_IN_ORDER = 900, 100  # at head_dim 64; else up to 664 and 91 with 3.9, 400 and 8 with 3.6
-# Of 128 queries, in the backward, and with dropout: 3.6 has up to 792 and 38, and 3.9 has 1084 and 126 in a window. With
-# scales of tokens 3.9 has 912 and 98 where 3.6 has 64 and none, and with formulas at head_dim 256, 440 and 101 where 3.6
-# has 100 and none.
+# Of 128 queries, in the backward, and with dropout: 3.6 has up to 792 and 38; 3.9, in a window, 1084 and 126. With
+# scales of tokens 3.9 has 912 and 98 where 3.6 has 64 and none, and with formulas at head_dim 256, 440 and 101 where
+# 3.6 has 100 and none.
 SPILLS_OF_LARGE_TILES = 1100, 130
 # Of the scores, in the backward, with their derivatives: of two at once at head_dim 128, 3.6 has 1076 and 153.
 SPILLS_OF_FUNCTIONS = 2200, 480
