@@ -156,7 +156,7 @@ def _round(ring, smem, there, WIDTH: gl.constexpr):
                         x = some.index(i).load(layout)
                         at = i * _ROWS + rows
                         gl.store(
-                            to_ptr + (at * dq_row + column), (x * scale).to(dq_ptr.dtype.element_ty),
+                            to_ptr + (at.to(gl.int64) * dq_row + column), (x * scale).to(dq_ptr.dtype.element_ty),
                             mask=(at < seqlen_q - row0) & (column < columns),
                         )  # fmt: skip
                         gl.store(from_ptr + (at * columns + column), zero, mask=column < columns)

@@ -6,6 +6,7 @@ is.
 """
 
 import dataclasses
+import itertools
 import math
 import operator
 from typing import Any
@@ -276,14 +277,19 @@ def _scaled(algebra: Algebra, node: Node, index: Index) -> Scores:
     _check_no_sink(scores, node)
     if scores.function is not None:
         return _function(node, index, scores, NotScores(Reason.SCORE_OP, f"'{node.name}' scales a function of scores"))
+    return _extend(_times(scores, factor, tensor(node).dtype), node, "scale")
+
+
+def _times(scores: Scores, factor: sympy.Expr, dtype: torch.dtype) -> Scores:
+    """Scores that are no function, multiplied by a number."""
     terms = tuple(
         dataclasses.replace(t, coefficient=t.coefficient * factor)
         if isinstance(t, Added)
-        else dataclasses.replace(t, fill=round_to(t.fill * factor, tensor(node).dtype))
+        else dataclasses.replace(t, fill=round_to(t.fill * factor, dtype))
         for t in scores.terms
     )
     softcap = None if scores.softcap is None else scores.softcap * sympy.Abs(factor)
-    return _extend(scores, node, "scale", scale=scores.scale * factor, softcap=softcap, terms=terms)
+    return dataclasses.replace(scores, scale=scores.scale * factor, softcap=softcap, terms=terms)
 
 
 def _capped(algebra: Algebra, node: Node, index: Index) -> Scores:
@@ -327,10 +333,13 @@ def _added(algebra: Algebra, node: Node, index: Index) -> Scores:
     alpha = algebra.value(argument(node, 2, "alpha", 1), ())
     # add: a + alpha b; sub: a - alpha b; rsub: b - alpha a
     factors = {aten.add: [ONE, alpha], aten.sub: [ONE, -alpha], aten.rsub: [-alpha, ONE]}[packet(node)]
-    if factors[position] != 1:
-        return _function(node, index, scores, NotScores(Reason.SCORE_OP, f"'{node.name}' subtracts the scores"))
+    factor = factors[position]
+    if factor != 1:
+        if scores.function is not None or isinstance(factor, Choice) or not factor.is_number:
+            return _function(node, index, scores, NotScores(Reason.SCORE_OP, f"'{node.name}' subtracts the scores"))
+        scores = _times(scores, factor, tensor(node).dtype)
     other, other_index = operands[1 - position]
-    maximum = maximum_of(other, operands[position][0]) if factors[1 - position] == -1 else None
+    maximum = maximum_of(other, operands[position][0]) if factor == 1 and factors[1 - position] == -1 else None
     if maximum is not None:  # a softmax over the same keys does not see it, infinities and NaN included
         nodes, dim = maximum
         scores = dataclasses.replace(scores, nodes=(*nodes, *scores.nodes))
@@ -481,8 +490,43 @@ def _hidden(algebra: Algebra, node: Node, index: Index) -> Scores:
         if not is_low(fill):
             what = f"'{node.name}' writes {float(fill):g}, a mask has at most {MASK_THRESHOLD:g}"
             return _function(node, index, scores, NotScores(Reason.FILL_VALUE, what))
-        return _extend(scores, node, "masked", terms=(*scores.terms, Hidden(*condition, hides, fill)))
+        hidden = Hidden(*condition, hides, fill)
+        visible = visible_where(algebra, hidden)
+        terms = (_less_hidden(algebra, t, visible) for t in scores.terms)
+        return _extend(scores, node, "masked", terms=(*itertools.chain.from_iterable(terms), hidden))
     raise failure
+
+
+def _less_hidden(algebra: Algebra, term: Added | Hidden, visible: Boolean | None) -> tuple[Added | Hidden, ...]:
+    """A term without the number that it adds wherever scores that are not ``visible`` are overwritten later anyway.
+
+    Scores that were masked and are added to those of the next layer, which the same mask hides (RealFormer).
+    """
+    if isinstance(term, Hidden) or visible is None:
+        return (term,)
+    node, index = term.node, term.index
+    while isinstance(node, Node) and not node.meta.get(NO_GRAD):
+        if (step := layout_step(algebra.space, node, index)) is not None:
+            node, index = step
+            continue
+        if packet(node) not in (aten.masked_fill, aten.where) or len(node.args) < 3:
+            break
+        kept = next((x for x, is_visible in _branches(algebra, node, index) if is_visible == visible), None)
+        if kept is None or not _is_tensor(kept[0]) or tensor(kept[0]).dtype != tensor(node).dtype:
+            break
+        parts = _split_sum(algebra, *kept, term.coefficient, term.dtype)
+        about = dict(narrowed=term.narrowed, raised=term.raised, halves=term.halves)
+        parts = (_less_hidden(algebra, dataclasses.replace(part, **about), visible) for part in parts)
+        return tuple(itertools.chain.from_iterable(parts))
+    return (term,)
+
+
+def _branches(algebra: Algebra, node: Node, index: Index) -> list[tuple[tuple[Any, Index], Boolean | None]]:
+    """What a masked_fill or where takes its values from, and where it does."""
+    parts = [(x, broadcast_index(index, shape_exprs(tensor(x))) if _is_tensor(x) else ()) for x in node.args[:3]]
+    condition = parts.pop(0 if packet(node) is aten.where else 1)
+    is_set, is_not = (visible_where(algebra, Hidden(*condition, hides, ZERO)) for hides in (False, True))
+    return list(zip(parts, (is_set, is_not) if packet(node) is aten.where else (is_not, is_set)))
 
 
 def _not_understood(algebra: Algebra, node: Node, index: Index) -> Scores:

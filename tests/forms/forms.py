@@ -874,6 +874,29 @@ def negative_scale(q, k, v):
     return (q @ k.mT / -4).softmax(-1) @ v
 
 
+@form("bias")
+def squared_distances(q, k, v):
+    """|q - k|^2, multiplied out, as in attention by distance of features."""
+    distances = q.square().sum(-1)[..., None] + k.square().sum(-1)[..., None, :] - 2 * (q @ k.mT)
+    return (-distances * 0.25).softmax(-1) @ v
+
+
+@form("bias")
+def subtracted_scores(q, k, v):
+    return torch.sub(k.sum(-1)[..., None, :], q @ k.mT, alpha=-0.25).softmax(-1) @ v
+
+
+@form("full")
+def number_less_scores(q, k, v):
+    return (3.0 - q @ k.mT * 0.25).softmax(-1) @ v
+
+
+# (The scores are infinite where they were hidden, and eager has NaN there.)
+@form(reason=Reason.FILL_VALUE, args=lambda: [*qkv(), torch.rand(S, S) > 0.7])
+def hidden_scores_subtracted(q, k, v, hidden):
+    return (k.sum(-1)[..., None, :] - (q @ k.mT).masked_fill(hidden, float("-inf"))).softmax(-1) @ v
+
+
 # SDPA has no soft cap: test_softcap.py has those that a kernel or the reference runs.
 @form(reason=Reason.SCORE_OP)
 def softcap(q, k, v):

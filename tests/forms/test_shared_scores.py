@@ -46,6 +46,35 @@ def written_in_place_between(q, k, v, w):
     return first, s.softmax(-1) @ w
 
 
+def padding(last_sees_nothing):
+    lengths = torch.tensor([S - 4, 0 if last_sees_nothing else S])
+    return (torch.arange(S) >= lengths[:, None])[:, None, None]
+
+
+def handed_down(fill, last_sees_nothing=False):
+    """RealFormer: masked scores are a bias of the next layer's, which the same mask hides."""
+
+    def fn(q, k, v, w):
+        hidden = padding(last_sees_nothing)
+        a = (q @ k.mT * 0.25).masked_fill(hidden, fill)
+        b = (w @ k.mT * 0.25 + a).masked_fill(hidden, fill)
+        c = torch.where(padding(last_sees_nothing), fill, v @ w.mT * 0.25 + b)
+        return a.softmax(-1) @ v, b.softmax(-1) @ w, c.softmax(-1) @ v
+
+    return fn
+
+
+def handed_down_in_place(q, k, v, w):
+    hidden = padding(False)
+    a = q @ k.mT * 0.25
+    a.masked_fill_(hidden, -1e9)
+    first = a.softmax(-1) @ v
+    b = w @ k.mT * 0.25
+    b += a
+    b.masked_fill_(hidden, -1e9)
+    return first, b.softmax(-1) @ w
+
+
 def results(fn, args):
     """What a function returns, and the gradients of all of it."""
     leaves = [x.clone().requires_grad_() for x in args]
@@ -70,6 +99,32 @@ def compare(fn, target):
 )
 def test_all_are_fused(fn, target):
     assert [s.status for s in compare(fn, target).sites] == ["fused"] * 4  # of two captures
+
+
+@pytest.mark.parametrize("target", ["sdpa", "reference"])
+@pytest.mark.parametrize("fill", [INF, -1e9, torch.finfo(torch.float32).min])
+def test_masked_scores_handed_down(fill, target):
+    assert [s.status for s in compare(handed_down(fill), target).sites] == ["fused"] * 6
+
+
+def test_masked_scores_handed_down_in_place():
+    assert [s.status for s in compare(handed_down_in_place, "reference").sites] == ["fused"] * 4
+
+
+def test_masked_scores_handed_down_where_a_query_sees_nothing():
+    """It sees the same weights everywhere, and its gradients end at the mask."""
+    assert [s.status for s in compare(handed_down(-1e9, True), "reference").sites] == ["fused"] * 6
+
+
+def test_scores_that_another_mask_hid_are_a_mask():
+    def fn(q, k, v, w):
+        hidden = padding(False)
+        a = (q @ k.mT * 0.25).masked_fill(hidden, -1e9)
+        b = (w @ k.mT * 0.25 + a).masked_fill(~hidden, -1e9)
+        return a.softmax(-1) @ v, b.softmax(-1) @ w
+
+    reasons = [s.reason for s in compare(fn, "reference").sites]
+    assert reasons == [None, Reason.EMPTY_ROWS, None, None]  # in training, and without gradients
 
 
 def and_returned(q, k, v, w):

@@ -534,7 +534,9 @@ def bias_atom(w: Writer, s: str) -> tuple[str, str]:
 def add_bias(w: Writer, s: str) -> None:
     name, axes = bias_atom(w, s)
     bias = w.align(name, axes)
-    if w.slip("scores subtracted", 5):
+    if w.chance(5):
+        if w.hidden_once:
+            w.oddities.append("masked scores subtracted")
         w.set(s, f"{bias} - {s}")
         return
     w.set(
