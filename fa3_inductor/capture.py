@@ -8,6 +8,7 @@ Dynamo graph exactly where it still holds.
 
 import dataclasses
 import functools
+import itertools
 import logging
 import operator
 import time
@@ -120,6 +121,8 @@ class _Visible(TorchFunctionMode):
 
     That dropout returns its own input where it drops nothing, else a tensor that may be written to: torch freezes what
     it returns in such a trace, and a write to it later would raise.
+
+    That type_as returns its own input where that has the dtype already: the trace takes it for a new tensor.
     """
 
     _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "mm", "addmm", "einsum", "linear"}
@@ -139,6 +142,8 @@ class _Visible(TorchFunctionMode):
             self._entered.pop()
         elif name == "dropout":
             return self._dropout(func, args, kwargs)
+        elif name == "type_as" and (args[0].dtype, args[0].device) == (args[1].dtype, args[1].device):
+            return args[0]
         elif name in self._PRODUCTS:
             args, kwargs = pytree.tree_map_only(torch.Tensor, self._cast, (args, kwargs))
         return func(*args, **kwargs)
@@ -180,6 +185,7 @@ class _Recorder(torch.fx.Interpreter):
         self._vmapped = vmapped  # nodes of vmaps that could not be captured
         self.unseen = dict(vmapped)  # all that is not looked into, and why
         self._shared: set[int | None] = set()  # storages that these may have in common with what is
+        self._stale: set[Node] = set()  # what was written to without the trace's knowing
 
     def run_with_attributes(self, *args: Any) -> Any:
         """Run with the values of the module's own tensors after those of the graph inputs."""
@@ -342,12 +348,30 @@ class _Recorder(torch.fx.Interpreter):
         if None in storages or isinstance(writer.target, torch._ops.HigherOrderOperator):
             storages = set(self._by_storage)
         for storage in storages | {None}:
-            for node in self._by_storage.get(storage, ()):
-                if node is writer:
-                    continue
-                value = _traced(self.env[node], tracer)
-                if value is not None and value != self.history[node][-1][1]:
-                    self.history[node].append((self._step, value))
+            nodes = [x for x in self._by_storage.get(storage, ()) if x is not writer and x not in self._stale]
+            values = {x: _traced(self.env[x], tracer) for x in nodes}
+            written = set(itertools.islice(reversed(tracer.graph.nodes), len(tracer.graph.nodes) - self._graph_length))
+            knows = {x for x, value in values.items() if not written.isdisjoint(pytree.tree_leaves(value))}
+            if knows and storage is not None:
+                self._forget([x for x in nodes if x not in knows], writer)
+            for node in nodes:
+                if node not in self._stale and values[node] not in (None, self.history[node][-1][1]):
+                    self.history[node].append((self._step, values[node]))
+
+    def _forget(self, nodes: list[Node], writer: Node) -> None:
+        """What shares memory with something that was written to, and has no new value for that in the trace.
+
+        Some operators may return their input, and the trace takes it for a new tensor: ``einsum``, ``sum_to_size`` and
+        ``broadcast_tensors`` among them. (Views of other parts of the memory do have a new value.)
+
+        Raises:
+            CaptureError: one of the nodes is read later.
+        """
+        for node in nodes:
+            if any(user is not writer and user not in self.env for user in node.users):
+                raise CaptureError(f"it writes to '{node.name}' too, which torch takes for another tensor")
+            self.history[node].append((self._step, None))
+            self._stale.add(node)
 
     def _note_origins(self, n: Node, graph: torch.fx.Graph) -> None:
         appended = len(graph.nodes) - self._graph_length
@@ -498,6 +522,7 @@ def capture(gm: GraphModule) -> Capture:
             node.meta["fa3_origin"] = origin = recorder.origins[node]
             node.meta[REQUIRES_GRAD] = _is_hidden(origin) or (origin in recorder.unseen and _requires_grad(origin))
             node.meta[NO_GRAD] = not modes[recorder.origins[node]] and any(modes.values())
+    _drop_aliases(view, recorder.history)
     held = [n.meta.get("example_value") for n in placeholders] + [_attribute(gm, name) for name in attributes]
     captured_inputs, wrapped = {}, {}
     for node, leaf in zip(view.graph.find_nodes(op="placeholder"), leaves, strict=True):
@@ -511,6 +536,24 @@ def capture(gm: GraphModule) -> Capture:
     return Capture(
         gm, view, time.perf_counter() - start, captured_inputs, wrapped, recorder.history, order, modes, recorder.unseen
     )
+
+
+def _drop_aliases(view: GraphModule, history: dict[Node, list[tuple[int, Any]]]) -> None:
+    """Lets the whole of a tensor (``x[:, ...]``) be the tensor, so that what holds one holds the other."""
+    same: dict[Node, Node] = {}
+    for node in view.graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
+        if not (node.meta.get(NO_GRAD) or node.meta.get(REQUIRES_GRAD)):
+            same[node] = node.args[0]
+            node.replace_all_uses_with(node.args[0])
+            view.graph.erase_node(node)
+
+    def without(value: Any) -> Any:
+        while isinstance(value, Node) and value in same:
+            value = same[value]
+        return tuple(map(without, value)) if isinstance(value, tuple) else value
+
+    for entries in history.values():
+        entries[:] = [(since, without(value)) for since, value in entries]
 
 
 def _vmap_around(node: Node | None) -> frozenset[Node]:

@@ -38,8 +38,8 @@ from .reasons import Reason
 aten = torch.ops.aten
 
 # A softmax over fp32 gives a key at or below this score a weight of exactly 0, unless the row's own largest score is
-# within 104 of it. Published masks start here (BERT's -10000).
-MASK_THRESHOLD = -1e4
+# within 104 of it. Published masks start here (BERT's -10000, which bfloat16 rounds to this).
+MASK_THRESHOLD = -9984
 
 
 @dataclasses.dataclass(frozen=True)

@@ -719,3 +719,99 @@ def test_masked_after_the_maximum_only(target):
 
     report = same_as_eager(fn, qkv(), target=target)
     assert [site.status for site in report.sites] == ["fused"]
+
+
+def scaled_in_place(returns_its_input, which):
+    """torchtune's Gemma 2: queries that are cast to what they are already, and scaled in place."""
+
+    def fn(q, k, v):
+        x = {"q": q, "k": k}
+        x[which] = returns_its_input(x[which] + 1, v)
+        x[which].mul_(0.25)
+        x[which] *= 2
+        return (x["q"] @ x["k"].mT).softmax(-1) @ v
+
+    return fn
+
+
+@TARGETS
+@pytest.mark.parametrize("which", "qk")
+@pytest.mark.parametrize(
+    "returns_its_input",
+    [
+        lambda x, like: x.type_as(like),
+        lambda x, like: torch.einsum("bhsd->bshd", x).transpose(1, 2),
+        lambda x, like: torch.broadcast_tensors(x, like)[0],
+        lambda x, like: x.sum_to_size(like.shape),
+        lambda x, like: x.to(like.dtype),
+    ],
+    ids=["type_as", "einsum", "broadcast_tensors", "sum_to_size", "to"],
+)
+def test_operators_that_may_return_their_input(returns_its_input, which, target):
+    same_as_eager(scaled_in_place(returns_its_input, which), qkv(), target=target)
+
+
+@pytest.mark.parametrize("is_read_later", [False, True])
+def test_a_write_that_changes_what_a_trace_takes_for_another_tensor(is_read_later):
+    """Then nothing that was proved of that other tensor holds: the graph stays as it is."""
+
+    def fn(q, k, v):
+        later = torch.ones(S, S, device=q.device).triu(1)
+        hidden = later.sum_to_size(S, S)
+        later.zero_()
+        scores = q @ k.mT
+        return (scores.masked_fill(hidden > 0, -1e9) if is_read_later else scores + later).softmax(-1) @ v
+
+    compiled, report = fuse(fn, target="reference")
+    args = qkv()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*args), fn(*args))
+    assert [s.status for s in report.sites] == ([] if is_read_later else ["fused"])
+
+
+@TARGETS
+@pytest.mark.parametrize("whole", [lambda x: x[:2, ...], lambda x: x[:, :], lambda x: x[...], lambda x: x])
+def test_a_cache_that_is_written_to_through_the_whole_of_it(whole, target):
+    """LitGPT's."""
+
+    class Cached(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in "kv":
+                self.register_buffer(name, torch.zeros(2, H, 2 * S, D))
+            self.register_buffer("visible", torch.ones(2 * S, 2 * S, dtype=torch.bool).tril())
+
+        def forward(self, q, k, v, positions):
+            k = whole(self.k).index_copy_(-2, positions, k)
+            v = whole(self.v).index_copy_(-2, positions, v)
+            mask = self.visible.index_select(0, positions)[None, None]
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    ours, theirs = Cached(), Cached()
+    compiled, report = fuse(ours, target=target)
+    with torch.no_grad():
+        for positions in (torch.arange(S), torch.arange(S) + S):
+            args = [*qkv(), positions]
+            torch.testing.assert_close(compiled(*args), theirs(*args))
+    torch.testing.assert_close(ours.k, theirs.k)
+    assert {s.status for s in report.sites} == {"fused"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_berts_mask_in_any_dtype(dtype):
+    """-10000, which bfloat16 rounds to -9984."""
+    keep = torch.arange(S) < torch.tensor([S, S - 3])[:, None, None, None]
+
+    def added(q, k, v):
+        return (q @ k.mT * 0.25 + (1.0 - keep.to(q.dtype)) * -10000.0).softmax(-1) @ v
+
+    def written(q, k, v):
+        return (q @ k.mT * 0.25).masked_fill(~keep, -1e4).softmax(-1) @ v
+
+    args = [x.to(dtype) for x in qkv()]
+    for fn in (added, written):
+        compiled, report = fuse(fn, target="reference")
+        with torch.no_grad():
+            compiled(*args)
+        (site,) = report.sites
+        assert (site.status, site.mask) == ("fused", "key padding[b, k]"), site.verdict
