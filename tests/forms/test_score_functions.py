@@ -67,7 +67,7 @@ FUNCTIONS = {  # what scores become, and arguments beside q, k and v
     "where(s > 0.0, s, s * 0.2)": (lambda s: F.leaky_relu(s, 0.2), ()),
     "s * sigmoid(s)": (silu, ()),
     "-(s * s)": (lambda s: -(s**2), ()),
-    "1.0 - s": (lambda s: 1.0 - s, ()),
+    "1.0 - abs(s)": (lambda s: 1.0 - torch.abs(s), ()),
     "abs(s)": (torch.abs, ()),
     "(1.0 / (exp(s) + 1.0)) * 1.0": (lambda s: 1 / (1 + torch.exp(s)), ()),
     "where(s > 0.0, 1.0 * s, 1.0 * 1.0 * (exp(1.0 * s) - 1.0))": (F.elu, ()),
