@@ -530,6 +530,12 @@ def _triangle(algebra: Algebra, node: Node, index: Index) -> Value:
     return choose(inside, algebra.operand(node.args[0], index), zero)
 
 
+@_rule(aten.eye)
+def _eye(algebra: Algebra, node: Node, index: Index) -> Value:
+    yes, no = (TRUE, FALSE) if _is_bool(node) else (ONE, ZERO)
+    return choose(_relation(sympy.Eq, index[0], index[1]), yes, no)
+
+
 @_rule(aten.index)
 def _index(algebra: Algebra, node: Node, index: Index) -> Value | None:
     """Indexing by integer tensors: the index is itself a value."""

@@ -18,6 +18,11 @@ def qkv():
     return list((torch.randn(3, B, H, S, D) * 1.5).bfloat16().float().unbind())
 
 
+def without_oneself(s):
+    """Demucs: a query hardly sees its own key."""
+    return s.masked_fill(torch.eye(S, dtype=torch.bool), -100)
+
+
 def attend(function):
     """Attention whose scores become `function` of them."""
 
@@ -77,6 +82,7 @@ FUNCTIONS = {  # what scores become, and arguments beside q, k and v
     "where(k >= (1 + q), 0.0, s)": (neutral, ()),
     "where(s <= 0.0, 0.0, s) * real(t0)": (gated, (lambda: torch.linspace(-1, 1, H).double(),)),
     "s * real(t0)": (of_keys, (lambda: torch.rand(B, S).double(),)),
+    "where(k == q, -100.0, s)": (without_oneself, ()),
     "where(t0 != 0, -10.0, s)": (hardly_hidden, (lambda: torch.rand(B, S) > 0.3,)),
 }
 

@@ -46,6 +46,8 @@ UNDERSTOOD = {
     "tril bool": lambda x: torch.ones(Q, K, dtype=torch.bool).tril(-2),
     "triu": lambda x: torch.full((Q, K), float("-inf")).triu(1),
     "triu bool": lambda x: ~torch.ones(Q, K, dtype=torch.bool).triu(diagonal=2),
+    "eye": lambda x: torch.eye(Q, K) + torch.eye(K)[:Q],
+    "eye bool": lambda x: ~torch.eye(K, Q, dtype=torch.bool).mT,
     "and": lambda x: causal() & (rows() - columns() < 3),
     "or": lambda x: causal() | (columns() < 2),
     "xor": lambda x: causal() ^ (columns() < 2),
