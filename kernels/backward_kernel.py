@@ -56,9 +56,9 @@ def _count(work):
 def _hand_on(place, place_smem, place_full, step):
     """Tells the consumers where tile of keys number `step` of this CTA is; a negative batch is the end."""
     slot = step % 2
-    one = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+    zero = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
     for i in gl.static_range(PLACE):
-        place_smem.index(slot * PLACE + i).store(one + place[i])
+        place_smem.index(slot * PLACE + i).store(zero + place[i])
     mbarrier.arrive(place_full.index(slot), count=1)
 
 
