@@ -142,8 +142,10 @@ class _Visible(TorchFunctionMode):
             self._entered.pop()
         elif name == "dropout":
             return self._dropout(func, args, kwargs)
-        elif name == "type_as" and (args[0].dtype, args[0].device) == (args[1].dtype, args[1].device):
-            return args[0]
+        elif name == "type_as":
+            like = args[1] if len(args) > 1 else kwargs["other"]
+            if (args[0].dtype, args[0].device) == (like.dtype, like.device):
+                return args[0]
         elif name in self._PRODUCTS:
             args, kwargs = pytree.tree_map_only(torch.Tensor, self._cast, (args, kwargs))
         return func(*args, **kwargs)

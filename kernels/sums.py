@@ -3,8 +3,8 @@
 Every tile of keys adds its part of dQ in float32, so dQ is there when the last tile of its keys' head is done. For
 FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608, appendix B.1) that is when the kernel ends: sums of all heads are
 zeroed by one kernel and rounded by another. Here two warps of every CTA round what is complete, put zeros in its place
-and give the memory to a later head. It is small enough to stay in the L2 cache, and the two passes over device memory
-are gone.
+and give the memory to a later head. It is small enough to stay in the L2 cache: the pass over device memory that rounds
+is gone, and the one that zeroes is as short as this.
 
 Nobody waits for a CTA that may not be running yet: tiles of keys and pieces of dQ are handed out in order, to those who
 ask, and whoever waits does so for what was handed out before. `counts`, int32, zero at first, are
@@ -31,8 +31,8 @@ _ROWS = gl.constexpr(8)  # of a box that are in registers at a time: the other p
 def slots_of(heads: int, n_tiles: int, section: int, ctas: int) -> int:
     """How many kv heads' sums there are: enough for those that are worked on and those that wait to be rounded.
 
-    On an H200, with half as many CTAs wait (head_dim 64, causal, 512 positions: 155 TFLOP/s in place of 199), and with
-    four times as many the L2 cache is too small (head_dim 128: 206 in place of 221).
+    On an H200, at 512 positions, causal, CTAs wait with too few (head_dim 64, 51 for sections of 16 in place of 133 for
+    66: 155 TFLOP/s, 199), and with four times as many the L2 cache is too small (head_dim 128: 206, 221).
 
     heads: of all batches; n_tiles: of a head's keys; section: as `backward_kernel._place` has it.
     """
@@ -54,8 +54,9 @@ def count_size(heads: int) -> int:
 def _wait_for(count_ptr, number, pause, N_WARPS: gl.constexpr):
     """Waits until a count is `number` or more, and for what was written before that; `pause`: ns between two looks.
 
-    One warp looks, and not too often: all counts are in one part of the L2 cache, which has dQ to add up as well. (With
-    two warps, every 500 ns, an H200 had 480 TFLOP/s in place of 512: head_dim 64, 4096 positions, full.)
+    One warp looks, and not too often: all counts are in one part of the L2 cache, which has dQ to add up as well. (At
+    head_dim 64, 4096 positions, full, an H200 had 0.99 times the speed of two passes over device memory with two warps
+    that look every 500 ns, and 1.06 so.)
     """
     thread = gl.arange(0, 32 * N_WARPS, gl.BlockedLayout([1], [32], [N_WARPS], [0]))
     gl.inline_asm_elementwise(

@@ -740,12 +740,13 @@ def scaled_in_place(returns_its_input, which):
     "returns_its_input",
     [
         lambda x, like: x.type_as(like),
+        lambda x, like: x.type_as(other=like),
         lambda x, like: torch.einsum("bhsd->bshd", x).transpose(1, 2),
         lambda x, like: torch.broadcast_tensors(x, like)[0],
         lambda x, like: x.sum_to_size(like.shape),
         lambda x, like: x.to(like.dtype),
     ],
-    ids=["type_as", "einsum", "broadcast_tensors", "sum_to_size", "to"],
+    ids=["type_as", "type_as by name", "einsum", "broadcast_tensors", "sum_to_size", "to"],
 )
 def test_operators_that_may_return_their_input(returns_its_input, which, target):
     same_as_eager(scaled_in_place(returns_its_input, which), qkv(), target=target)
