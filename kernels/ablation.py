@@ -79,7 +79,7 @@ def unspecialised_kernel(q_desc, k_desc, v_desc, o_desc, m_tiles, q_heads, group
     s = warpgroup_mma(q, _tile(k_smem, 0).permute((1, 0)), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, [s])
     m_i = gl.full([BLOCK_M], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-    weights, m_i, alpha = _softmax(s, m_i, scale)
+    weights, m_i, alpha = _softmax(s, m_i, scale, None)
     l_i = _row_sums(weights)
     packed = _pack(weights, dtype)
     for i in range(1, n_tiles):
@@ -93,7 +93,7 @@ def unspecialised_kernel(q_desc, k_desc, v_desc, o_desc, m_tiles, q_heads, group
         p = _unpack(packed, dtype, p_layout)
         o = warpgroup_mma(p, _tile(v_smem, last), o, is_async=True)
         s = warpgroup_mma_wait(1, [s])
-        weights, m_i, alpha = _softmax(s, m_i, scale)
+        weights, m_i, alpha = _softmax(s, m_i, scale, None)
         l_i = _rescale(l_i, alpha) + _row_sums(weights)
         o, p = warpgroup_mma_wait(0, [o, p])
         _sync(V_EMPTY, 256)

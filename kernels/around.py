@@ -42,7 +42,8 @@ def statistics_kernel(
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     lse = tl.load(lse_ptr + batch * lse_batch + head * lse_head + row.to(tl.int64) * lse_row, mask=there, other=0)
     # exp2(score - inf) = 0: rows that see no key, and those past the end.
-    scaled = tl.where(there & (lse != float("-inf")), lse * lse_scale, float("inf"))
+    scaled = lse * lse_scale
+    scaled = tl.where(there & (scaled != float("-inf")), scaled, float("inf"))
     at = flat.to(tl.int64) * padded + row
     tl.store(scaled_ptr + at, scaled)
     tl.store(delta_ptr + at, delta)

@@ -1,7 +1,7 @@
 """Puts attention over parts of the keys together, as a Triton kernel.
 
-A row of O over all keys is the sum of its parts, each weighed by its share of the sum of exp(scores); their logarithms
-say what that is (Flash-Decoding: Dao et al., 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
+A row of O over all keys is the sum of its parts, each times exp of its own largest score less the largest of all, over
+the sum of exp(scores) (Flash-Decoding: Dao et al., 2023, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
 """
 
 import triton
@@ -15,7 +15,7 @@ CHUNK = 16  # parts that are read at a time
 
 @triton.jit(do_not_specialize=["sink_head", "sink_row", "heads", "seqlen", "parts", "head_dim_v"])
 def combine_kernel(
-    part_ptr, part_lse_ptr, out_ptr, lse_ptr, sinks_ptr, out_batch, out_head, out_row, sink_head, sink_row, heads,
+    part_ptr, sums_ptr, out_ptr, lse_ptr, sinks_ptr, out_batch, out_head, out_row, sink_head, sink_row, heads,
     seqlen, parts, head_dim_v,
     PARTS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -25,13 +25,14 @@ def combine_kernel(
     batch, head = flat // heads, flat % heads
     first = flat.to(tl.int64) * parts
     part = tl.arange(0, PARTS)
-    lse = tl.load(part_lse_ptr + (first + part) * seqlen + row, mask=part < parts, other=float("-inf"))
-    top = tl.max(lse, 0)
+    tops = tl.load(sums_ptr + (first + part) * 2 * seqlen + row, mask=part < parts, other=float("-inf"))
+    sums = tl.load(sums_ptr + (first + part) * 2 * seqlen + seqlen + row, mask=part < parts, other=0.0)
+    top = tl.max(tops, 0)
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head * sink_head + row * sink_row).to(tl.float32)
         top = tl.maximum(top, sink)
     top = tl.where(top == float("-inf"), 0.0, top)  # -inf - -inf is NaN
-    total = tl.sum(tl.exp(lse - top), 0)
+    total = tl.sum(tl.exp(tops - top) * sums, 0)
     if sinks_ptr is not None:
         total += tl.exp(sink - top)
     column = tl.arange(0, COLUMNS)
@@ -40,7 +41,8 @@ def combine_kernel(
     while start < parts:
         several = start + tl.arange(0, CHUNK)
         places = (first + several) * seqlen + row
-        share = tl.exp(tl.load(part_lse_ptr + places, mask=several < parts, other=float("-inf")) - top)
+        own = tl.load(sums_ptr + (first + several) * 2 * seqlen + row, mask=several < parts, other=float("-inf"))
+        share = tl.exp(own - top)
         inside = (several < parts)[:, None] & (column < head_dim_v)[None, :]
         x = tl.load(part_ptr + places[:, None] * WIDTH + column[None, :], mask=inside, other=0.0)
         out += tl.sum(x * share[:, None], 0)
@@ -52,19 +54,20 @@ def combine_kernel(
 
 
 def combine_arguments(
-    part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None, group: int
+    part: Tensor, sums: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None, group: int
 ) -> tuple[tuple[int, int, int], tuple]:
     """The grid and the arguments of the kernel.
 
     Args:
-        part: float32, contiguous, [B, H, parts, S, Dv or more], and part_lse, [B, H, parts, S]: O and the log-sum-exp
-            of each part of the keys, 0 and -inf where it has none that the row sees.
+        part: float32, contiguous, [B, H, parts, S, Dv or more], and sums, [B, H, parts, 2, S]: of each part of the
+            keys the sum of exp(score - top) * v, and top, the largest score, and the sum of exp(score - top): 0, -inf
+            and 0 where it has no key that the row sees.
         out: [B, H, S, Dv], Dv contiguous, lse: [B, H, S] contiguous: their results.
         sinks: [H], or [H * group] with group = S: a logit of each row that has no value. None: there is none.
     """
     batch, heads, parts, seqlen, width = part.shape
     head_dim_v = out.shape[3]
     return (batch * heads * seqlen, 1, 1), (
-        part, part_lse, out, lse, sinks, *out.stride()[:3], group, int(group > 1), heads, seqlen, parts, head_dim_v,
+        part, sums, out, lse, sinks, *out.stride()[:3], group, int(group > 1), heads, seqlen, parts, head_dim_v,
         MAX_PARTS, width, triton.next_power_of_2(head_dim_v), CHUNK,
     )  # fmt: skip

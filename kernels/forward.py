@@ -338,7 +338,8 @@ def _prepare(
     lse_of_kernel, sinks_of_kernel, sizes = lse, sinks, (0, 0)
     if count > 1 or (group > 1 and sinks is not None):
         split = q.new_empty((*q.shape[:2], count, q.shape[2], sum(parts(v.shape[3]))), dtype=torch.float32)
-        lse_of_kernel, sinks_of_kernel = q.new_empty(split.shape[:4], dtype=torch.float32), None
+        lse_of_kernel = q.new_empty((*split.shape[:3], 2, q.shape[2]), dtype=torch.float32)
+        sinks_of_kernel = None
         sizes = split.numel(), lse_of_kernel.numel()
         grid, args = combine_arguments(split, lse_of_kernel, out, lse, sinks, group)
         tensors = tuple(x for x in (split, lse_of_kernel, out, lse, sinks) if x is not None)
@@ -410,7 +411,7 @@ def launch_arguments(
     Args:
         ranges: of the mask, for blocks of ROWS rows and the tile's block_n; None has every tile looked at.
         tile, sm_count: in place of the tables' and the device's.
-        split: of `combine_arguments`, where the parts of O go; lse are those of the parts then.
+        split: of `combine_arguments`, where the parts of O go; lse is its `sums` then.
     """
     batch, q_heads, seqlen_q, head_dim = q.shape
     kv_heads, seqlen_k, head_dim_v = v.shape[1:]
@@ -484,14 +485,14 @@ def score_arguments(
     bias: Tensor | None, mask: Tensor | None, softcap: float | None, shape: tuple[int, ...], ranges: Tensor | None,
     formulas: Formulas,
 ) -> tuple[tuple, tuple | None, tuple]:  # fmt: skip
-    """What kernels take for scores of `shape`: LOAD to SCALED, the ranges with their strides, and the operands."""
+    """What kernels take for scores of `shape`: LOAD to UNIT, the ranges with their strides, and the operands."""
     program, operands = program_of(bias, mask, softcap, shape, formulas)
-    load, apply, scaled = open_load, open_apply, _ = functions(program)
+    load, apply, unit = open_load, open_apply, _ = functions(program)
     if ranges is not None:
         steps = (0 if size == 1 else by // ranges.shape[3] for size, by in zip(ranges.shape[:3], ranges.stride()))
         ranges = ranges, *steps
         open_load, open_apply, _ = functions(program.without_mask())
-    return (load, apply, open_load, open_apply, scaled), ranges, operands
+    return (load, apply, open_load, open_apply, unit), ranges, operands
 
 
 def schedule(

@@ -261,12 +261,24 @@ def _row_sums(p):
 
 
 @gluon.jit
-def _softmax(s, m_i, scale):
+def _softmax(s, m_i, scale, UNIT: gl.constexpr):
     """exp2 of the scaled scores less their running maximum, that maximum, and the factor for what was summed so far."""
     m_new = gl.maximum(m_i, gl.max(s, 1))
     # A row that has seen no key yet: exp2(-inf - 0) = 0 instead of exp2(-inf + inf) = NaN.
-    m_scaled = gl.where(m_new == float("-inf"), 0.0, m_new) * scale
-    return gl.exp2(s * scale - m_scaled[:, None]), m_new, gl.exp2(m_i * scale - m_scaled)
+    finite = gl.where(m_new == float("-inf"), 0.0, m_new)
+    if UNIT is None:
+        return gl.exp2(s * scale - (finite * scale)[:, None]), m_new, gl.exp2(m_i * scale - finite * scale)
+    else:  # the difference first: the lowest number, times log2(e), would be -inf
+        return gl.exp2((s - finite[:, None]) * UNIT), m_new, gl.exp2((m_i - finite) * UNIT)
+
+
+@gluon.jit
+def _natural(m_i, scale, UNIT: gl.constexpr):
+    """The running maximum of `_softmax` in units of 1."""
+    if UNIT is None:
+        return m_i * (scale * LN2)
+    else:
+        return m_i * (UNIT * LN2)
 
 
 @gluon.jit
@@ -394,7 +406,7 @@ def _kv_loop(
     o, packed, l_i, m_i, it, tile, stop, place, scale, q, k_smem, v_smem, k_full, v_full, operands, window, random,
     WG: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
     MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr,
-    SCALED: gl.constexpr, DROPOUT: gl.constexpr, s_layout: gl.constexpr, p_layout: gl.constexpr,
+    UNIT: gl.constexpr, DROPOUT: gl.constexpr, s_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
     """KV tiles tile - 1 down to stop. Enters and leaves with the last tile's weights not yet multiplied by V."""
     BLOCK_N: gl.constexpr = s_layout.instr_shape[1]
@@ -423,7 +435,7 @@ def _kv_loop(
             s = APPLY(s, scale, terms)
         if MASKED and (LEFT or RIGHT):
             s = _mask_tile(s, place[2], column0, window, LEFT, RIGHT, s_layout)
-        weights, m_i, alpha = _softmax(s, m_i, 1.0 if SCALED else scale)
+        weights, m_i, alpha = _softmax(s, m_i, scale, UNIT)
         l_i = _rescale(l_i, alpha) + _row_sums(weights)
         if DROPOUT:
             weights = _drop(weights, place[2], column0, random, s_layout)
@@ -457,20 +469,34 @@ def _skip(
 def _finish_rows(
     l_i, top, sinks_ptr, lse_ptr, head, flat, row0, seqlen_q, SINKS: gl.constexpr, rows_layout: gl.constexpr
 ):  # fmt: skip
-    """Stores the rows' log-sum-exp, `top` being their maximum in units of log 2. Returns what O is to be scaled by."""
+    """Stores the rows' log-sum-exp, `top` being their maximum. Returns what O is to be scaled by."""
     total = gl.convert_layout(gl.sum(l_i, 1), rows_layout, assert_trivial=True)
     factor = gl.full([ROWS], 1.0, gl.float32, rows_layout)
     if SINKS:
-        sink = gl.load(sinks_ptr + head).to(gl.float32) * LOG2E
+        sink = gl.load(sinks_ptr + head).to(gl.float32)
         peak = gl.maximum(top, sink)
         peak = gl.where(peak == float("-inf"), 0.0, peak)
-        factor = gl.exp2(top - peak)
-        total = total * factor + gl.exp2(sink - peak)
+        factor = gl.exp2((top - peak) * LOG2E)
+        total = total * factor + gl.exp2((sink - peak) * LOG2E)
         top = peak
-    lse = (top + gl.log2(total)) * LN2
+    lse = top + gl.log2(total) * LN2
     rows = row0 + gl.arange(0, ROWS, rows_layout)
     gl.store(lse_ptr + flat.to(gl.int64) * seqlen_q + rows, lse, mask=rows < seqlen_q)
     return factor / gl.where(total == 0.0, 1.0, total)
+
+
+@gluon.jit
+def _store_sums(l_i, top, ptr, flat, row0, seqlen_q, rows_layout: gl.constexpr):
+    """Stores the rows' maximum and their sum apart: beside a mask's huge number the sum's logarithm would be lost.
+
+    Returns what O is to be scaled by.
+    """
+    total = gl.convert_layout(gl.sum(l_i, 1), rows_layout, assert_trivial=True)
+    rows = row0 + gl.arange(0, ROWS, rows_layout)
+    ptr += flat.to(gl.int64) * 2 * seqlen_q
+    gl.store(ptr + rows, top, mask=rows < seqlen_q)
+    gl.store(ptr + seqlen_q + rows, total, mask=rows < seqlen_q)
+    return gl.full([ROWS], 1.0, gl.float32, rows_layout)
 
 
 @gluon.jit
@@ -513,7 +539,7 @@ def _consume(
     args, WG: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr, SHARED_O: gl.constexpr,
     SINKS: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr, OPEN_APPLY: gl.constexpr,
-    SCALED: gl.constexpr, DROPOUT: gl.constexpr,
+    UNIT: gl.constexpr, DROPOUT: gl.constexpr,
 ):  # fmt: skip
     """Consumer warp group number WG: its ROWS rows of every tile."""
     o_descs, lse_ptr, sinks_ptr, operands, q_smem, o_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full = args[:12]
@@ -570,7 +596,7 @@ def _consume(
             s = APPLY(s, scale, terms)
         s = _mask_tile(s, row0, column0, (seqlen_q, keys, left, right), LEFT, RIGHT, s_layout)
         m_i = gl.full([ROWS], float("-inf"), gl.float32, rows_layout)
-        weights, m_i, alpha = _softmax(s, m_i, 1.0 if SCALED else scale)
+        weights, m_i, alpha = _softmax(s, m_i, scale, UNIT)
         l_i = _row_sums(weights)
         if DROPOUT:
             weights = _drop(weights, row0, column0, random, s_layout)
@@ -595,7 +621,7 @@ def _consume(
             o, packed, l_i, m_i, it = _kv_loop(
                 o, packed, l_i, m_i, it, tile, open_stop, place, scale,
                 q, k_smem, v_smem, k_full, v_full, operands, window, random,
-                WG, CONSUMERS, STAGES, PING_PONG, OVERLAP, True, LEFT, RIGHT, LOAD, APPLY, SCALED, DROPOUT,
+                WG, CONSUMERS, STAGES, PING_PONG, OVERLAP, True, LEFT, RIGHT, LOAD, APPLY, UNIT, DROPOUT,
                 s_layout, p_layout,
             )  # fmt: skip
         open_first = first
@@ -609,14 +635,14 @@ def _consume(
         o, packed, l_i, m_i, it = _kv_loop(
             o, packed, l_i, m_i, it, open_stop, open_first, place, scale,
             q, k_smem, v_smem, k_full, v_full, operands, window, random,
-            WG, CONSUMERS, STAGES, PING_PONG, OVERLAP, False, LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY, SCALED,
+            WG, CONSUMERS, STAGES, PING_PONG, OVERLAP, False, LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY, UNIT,
             DROPOUT, s_layout, p_layout,
         )  # fmt: skip
         if LEFT or ranges is not None:
             o, packed, l_i, m_i, it = _kv_loop(
                 o, packed, l_i, m_i, it, open_first, first, place, scale,
                 q, k_smem, v_smem, k_full, v_full, operands, window, random,
-                WG, CONSUMERS, STAGES, PING_PONG, OVERLAP, True, LEFT, RIGHT, LOAD, APPLY, SCALED, DROPOUT,
+                WG, CONSUMERS, STAGES, PING_PONG, OVERLAP, True, LEFT, RIGHT, LOAD, APPLY, UNIT, DROPOUT,
                 s_layout, p_layout,
             )  # fmt: skip
         if part_ptr is not None or not SHARED_O:
@@ -626,11 +652,12 @@ def _consume(
         mbarrier.wait(v_full.index(v_slot), ((it - 1) // STAGES) & 1)
         p = _unpack(packed, dtype, p_layout)
         o = _accumulate(p, _at(v_smem, v_slot), o)
+        top = _natural(m_i, scale, UNIT)
         if part_ptr is not None:
             flat = flat * parts + part
-        factor = _finish_rows(
-            l_i, m_i * (1.0 if SCALED else scale), sinks_ptr, lse_ptr, head, flat, row0, seqlen_q, SINKS, rows_layout
-        )
+            factor = _store_sums(l_i, top, lse_ptr, flat, row0, seqlen_q, rows_layout)
+        else:
+            factor = _finish_rows(l_i, top, sinks_ptr, lse_ptr, head, flat, row0, seqlen_q, SINKS, rows_layout)
         o = _wait(o, p)
         _arrive(V_EMPTY + v_slot, THREADS)
         it = _skip(it, first - tile_first, k_full, v_full, WG, CONSUMERS, STAGES, PING_PONG)
@@ -687,7 +714,7 @@ def forward_kernel(
     part_ptr, parts, tiles, m_tiles, q_heads, group, seqlen_q, seqlen_k, left, right, scale, seed_ptr, threshold,
     keep_scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
-    OPEN_APPLY: gl.constexpr, SCALED: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    OPEN_APPLY: gl.constexpr, UNIT: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     PING_PONG: gl.constexpr, OVERLAP: gl.constexpr, SHARED_O: gl.constexpr, CONSUMER_REGS: gl.constexpr,
     PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
@@ -728,11 +755,11 @@ def forward_kernel(
             [
                 (_consume, (
                     consume, 0, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, OVERLAP, SHARED_O, SINKS,
-                    LOAD, APPLY, OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
+                    LOAD, APPLY, OPEN_LOAD, OPEN_APPLY, UNIT, DROPOUT,
                 )),
                 (_consume, (
                     consume, 1, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, OVERLAP, SHARED_O, SINKS,
-                    LOAD, APPLY, OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
+                    LOAD, APPLY, OPEN_LOAD, OPEN_APPLY, UNIT, DROPOUT,
                 )),
                 (_produce, (produce, LOAD_VALUES, BLOCK_N, 2, STAGES, LEFT, RIGHT)),
             ],
@@ -744,15 +771,15 @@ def forward_kernel(
             [
                 (_consume, (
                     consume, 0, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, OVERLAP, SHARED_O, SINKS,
-                    LOAD, APPLY, OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
+                    LOAD, APPLY, OPEN_LOAD, OPEN_APPLY, UNIT, DROPOUT,
                 )),
                 (_consume, (
                     consume, 1, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, OVERLAP, SHARED_O, SINKS,
-                    LOAD, APPLY, OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
+                    LOAD, APPLY, OPEN_LOAD, OPEN_APPLY, UNIT, DROPOUT,
                 )),
                 (_consume, (
                     consume, 2, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, PING_PONG, OVERLAP, SHARED_O, SINKS,
-                    LOAD, APPLY, OPEN_LOAD, OPEN_APPLY, SCALED, DROPOUT,
+                    LOAD, APPLY, OPEN_LOAD, OPEN_APPLY, UNIT, DROPOUT,
                 )),
                 (_produce, (produce, LOAD_VALUES, BLOCK_N, 3, STAGES, LEFT, RIGHT)),
             ],

@@ -40,6 +40,7 @@ from fa3_inductor.kernels.forward_kernel import (
     _arrive,
     _finish_rows,
     _mask_tile,
+    _natural,
     _number,
     _pack,
     _rescale,
@@ -514,7 +515,9 @@ def _consume(
         v_slot = (it - 1) % STAGES
         mbarrier.wait(bars.index(STAGES + v_slot), ((it - 1) // STAGES) & 1)
         o, p = _accumulate_parts(packed, v_smem, v_slot, o, dtype)
-        factor = _finish_rows(l_i, m_i * scale, sinks_ptr, lse_ptr, head, flat, row0, seqlen_q, SINKS, rows_layout)
+        factor = _finish_rows(
+            l_i, _natural(m_i, scale, None), sinks_ptr, lse_ptr, head, flat, row0, seqlen_q, SINKS, rows_layout
+        )
         o = _wait_output(o, p)
         _release(bars_at + (3 * STAGES + v_slot) * 8)
         it = _skip(it, first - tile_first, bars, bars_at, WG, CONSUMERS, STAGES, PING_PONG)

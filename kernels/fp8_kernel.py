@@ -26,6 +26,7 @@ from fa3_inductor.kernels.cluster import _address, _kilobytes, _write_addresses
 from fa3_inductor.kernels.compat import reinterpret, thread_barrier, tma_load, tma_store
 from fa3_inductor.kernels.forward_kernel import (
     K_EMPTY,
+    LN2,
     ROWS,
     V_EMPTY,
     _arrive,
@@ -37,6 +38,7 @@ from fa3_inductor.kernels.forward_kernel import (
     _load_kv,
     _load_terms,
     _mask_tile,
+    _natural,
     _number,
     _parts,
     _produce,
@@ -207,12 +209,15 @@ def _reciprocal(x):
 
 
 @gluon.jit
-def _softmax(s, m_i, scale):
+def _softmax(s, m_i, scale, UNIT: gl.constexpr):
     """2^SHIFT times exp2 of the scaled scores less their running maximum, that maximum, and the factor for O so far."""
-    m_new = gl.maximum(m_i, gl.max(s, 1) * scale)
+    m_new = gl.maximum(m_i, gl.max(s, 1) * (scale if UNIT is None else 1.0))
     # A row that has seen no key yet: exp2(-inf - 0) = 0 instead of exp2(-inf + inf) = NaN.
     base = gl.where(m_new == float("-inf"), 0.0, m_new)
-    return gl.exp2(s * scale - (base - SHIFT)[:, None]), m_new, gl.exp2(m_i - base)
+    if UNIT is None:  # the scale differs from tile to tile, so the maximum is in units of log(2)
+        return gl.exp2(s * scale - (base - SHIFT)[:, None]), m_new, gl.exp2(m_i - base)
+    else:
+        return gl.exp2((s - base[:, None]) * UNIT + SHIFT), m_new, gl.exp2((m_i - base) * UNIT)
 
 
 @gluon.jit
@@ -254,7 +259,7 @@ def _kv_loop(
     o, l_i, m_i, now, it, tile, stop, place, scale, k_scales, v_scales, flip, tokens, q, k_smem, v_smem, k_full, v_full,
     operands, window,
     FILLERS: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, LEFT: gl.constexpr,
-    RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, SCALED: gl.constexpr, BLOCKS: gl.constexpr,
+    RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, UNIT: gl.constexpr, BLOCKS: gl.constexpr,
     s_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
     """KV tiles tile - 1 down to stop.
@@ -294,7 +299,7 @@ def _kv_loop(
             s = APPLY(s, tile_scale, terms)
         if MASKED:
             s = _mask_tile(s, place[2], at * BLOCK_N, window, LEFT, RIGHT, s_layout)
-        weights, m_i, alpha = _softmax(s, m_i, 1.0 if SCALED else tile_scale)
+        weights, m_i, alpha = _softmax(s, m_i, tile_scale, UNIT)
         l_i = _rescale(l_i, alpha) + _row_sums(weights)
         if tokens is not None:
             of_v = gl.load(v_ptr + columns, mask=columns < window[1], other=1.0)  # (only now, for the registers)
@@ -339,7 +344,7 @@ def _transposed_ring(desc, STAGES: gl.constexpr):
 def _consume(
     args, WG: gl.constexpr, FILLERS: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, SINKS: gl.constexpr, LOAD: gl.constexpr,
-    APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr, OPEN_APPLY: gl.constexpr, SCALED: gl.constexpr,
+    APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr, OPEN_APPLY: gl.constexpr, UNIT: gl.constexpr,
     BLOCKS: gl.constexpr,
 ):  # fmt: skip
     """Consumer warp group number WG: its ROWS rows of every tile."""
@@ -410,7 +415,7 @@ def _consume(
         o, l_i, m_i, now, it = _kv_loop(
             o, l_i, m_i, now, it, stop, open_stop, place, tile_scale, of_k, of_v, flip, tokens,
             q, k_smem, v_smem, k_full, v_full, operands, window,
-            FILLERS, CONSUMERS, STAGES, True, LEFT, RIGHT, LOAD, APPLY, SCALED, BLOCKS, s_layout, p_layout,
+            FILLERS, CONSUMERS, STAGES, True, LEFT, RIGHT, LOAD, APPLY, UNIT, BLOCKS, s_layout, p_layout,
         )  # fmt: skip
         open_first = first
         if LEFT:
@@ -423,20 +428,19 @@ def _consume(
         o, l_i, m_i, now, it = _kv_loop(
             o, l_i, m_i, now, it, open_stop, open_first, place, tile_scale, of_k, of_v, flip, tokens,
             q, k_smem, v_smem, k_full, v_full, operands, window,
-            FILLERS, CONSUMERS, STAGES, False, LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY, SCALED, BLOCKS, s_layout, p_layout,
+            FILLERS, CONSUMERS, STAGES, False, LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY, UNIT, BLOCKS, s_layout, p_layout,
         )  # fmt: skip
         if LEFT or ranges is not None:
             o, l_i, m_i, now, it = _kv_loop(
                 o, l_i, m_i, now, it, open_first, first, place, tile_scale, of_k, of_v, flip, tokens,
                 q, k_smem, v_smem, k_full, v_full, operands, window,
-                FILLERS, CONSUMERS, STAGES, True, LEFT, RIGHT, LOAD, APPLY, SCALED, BLOCKS, s_layout, p_layout,
+                FILLERS, CONSUMERS, STAGES, True, LEFT, RIGHT, LOAD, APPLY, UNIT, BLOCKS, s_layout, p_layout,
             )  # fmt: skip
         mbarrier.arrive(q_empty.index(WG), count=1)
         it = _skip(it, first - tile_first, k_full, v_full, FILLERS, CONSUMERS, STAGES)
 
-        factor = _finish_rows(
-            l_i, m_i - SHIFT, sinks_ptr, lse_ptr, head, flat, row0, seqlen_q, SINKS, rows_layout
-        )  # fmt: skip
+        top = _natural(m_i, 1.0, UNIT) - SHIFT * LN2
+        factor = _finish_rows(l_i, top, sinks_ptr, lse_ptr, head, flat, row0, seqlen_q, SINKS, rows_layout)
         o = _rescale_parts(o, factor * now[2])
         _store(o_descs, o, o_smem, WG, CONSUMERS, batch, head, row0)
     tma.store_wait(0)
@@ -451,7 +455,7 @@ def fp8_kernel(
     q_scales, q_by_block, k_scales, v_scales, tokens, tiles, m_tiles, q_heads, group, seqlen_q, seqlen_k, left, right,
     scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
-    OPEN_APPLY: gl.constexpr, SCALED: gl.constexpr, BLOCKS: gl.constexpr, CONSUMERS: gl.constexpr,
+    OPEN_APPLY: gl.constexpr, UNIT: gl.constexpr, BLOCKS: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, RAW_STAGES: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """V is transposed, if RAW_STAGES is 0; else the kernel has so many tiles of it that it has not transposed yet."""
@@ -507,11 +511,11 @@ def fp8_kernel(
             [
                 (_consume, (
                     consume, 0, FILLERS, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, SINKS, LOAD, APPLY, OPEN_LOAD,
-                    OPEN_APPLY, SCALED, BLOCKS,
+                    OPEN_APPLY, UNIT, BLOCKS,
                 )),
                 (_consume, (
                     consume, 1, FILLERS, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, SINKS, LOAD, APPLY, OPEN_LOAD,
-                    OPEN_APPLY, SCALED, BLOCKS,
+                    OPEN_APPLY, UNIT, BLOCKS,
                 )),
                 (_produce, (produce, LOAD_VALUES, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT)),
                 (_transpose, (transpose, TURNED, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT)),
@@ -524,15 +528,15 @@ def fp8_kernel(
             [
                 (_consume, (
                     consume, 0, FILLERS, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, SINKS, LOAD, APPLY, OPEN_LOAD,
-                    OPEN_APPLY, SCALED, BLOCKS,
+                    OPEN_APPLY, UNIT, BLOCKS,
                 )),
                 (_consume, (
                     consume, 1, FILLERS, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, SINKS, LOAD, APPLY, OPEN_LOAD,
-                    OPEN_APPLY, SCALED, BLOCKS,
+                    OPEN_APPLY, UNIT, BLOCKS,
                 )),
                 (_consume, (
                     consume, 2, FILLERS, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT, SINKS, LOAD, APPLY, OPEN_LOAD,
-                    OPEN_APPLY, SCALED, BLOCKS,
+                    OPEN_APPLY, UNIT, BLOCKS,
                 )),
                 (_produce, (produce, LOAD_VALUES, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT)),
                 (_transpose, (transpose, TURNED, BLOCK_N, CONSUMERS, STAGES, LEFT, RIGHT)),

@@ -21,6 +21,7 @@ from triton.experimental.gluon import language as gl
 from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas, derivative, device_source, is_shift, tables_of
 
 ALIGNED = 8
+LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -106,20 +107,21 @@ def broadcast(kind: str, tensor: Tensor, shape: tuple[int, int, int, int]) -> Te
 
 @functools.cache
 def functions(program: ScoreProgram, backward: bool = False) -> tuple:
-    """`load`, `apply` and `scaled` for a program, as the kernels use them; (None, None, False) for an empty one.
+    """`load`, `apply` and `unit` for a program, as the kernels use them; (None, None, None) for an empty one.
 
     load(operands, batch, head, rows, columns, seqlen_q, seqlen_k, BOUNDED) reads what the terms need of one tile: rows
     and columns are indices in the layouts of the scores' axes, and BOUNDED says whether columns may lie past the end.
-    apply(s, scale, loaded) makes scores of products of q and k. If scaled, they come out multiplied by scale, which is
-    in units of log2(e); else that is left to the softmax, which does it for nothing.
+    apply(s, scale, loaded) makes scores of products of q and k, `scale` being that of the scores times log2(e). What
+    comes out is a score in units of log(2) when it is multiplied by `unit`, or, if that is None, by scale; the softmax
+    does this for nothing. With a bias or a formula, unit is log2(e): a mask's lowest float32 times log2(e) is -inf.
     If backward, scores are [keys, queries], and apply returns two things: if the program is not linear, scores and
     their derivative by s * scale, 0 where it is not finite; if it is, s with the terms, bias times scale, and 1.
     """
     if program == ScoreProgram():
-        return None, None, False
+        return None, None, None
     source = _load_source(program, backward) + "\n\n" + _apply_source(program, backward)
     load, apply = _compiled(source, f"<fa3_inductor {program} {backward}>", gl, "load", "apply")
-    return gluon.jit(load), gluon.jit(apply), _is_scaled(program)
+    return gluon.jit(load), gluon.jit(apply), _unit(program)
 
 
 @functools.cache
@@ -143,9 +145,10 @@ def _compiled(source: str, filename: str, language, *names: str) -> tuple:
     return tuple(namespace[name] for name in names)
 
 
-def _is_scaled(program: ScoreProgram) -> bool:
-    has_bias = program.bias_formula or any(term.kind == "bias" for term in program.terms)
-    return not program.is_linear or bool(has_bias)
+def _unit(program: ScoreProgram) -> float | None:
+    if program.score_formula or program.bias_formula or any(term.kind == "bias" for term in program.terms):
+        return LOG2E
+    return None if program.softcap is None else 1.0
 
 
 def _axes(backward: bool) -> tuple[str, str]:
@@ -213,29 +216,29 @@ def _in_formulas(program: ScoreProgram, backward: bool, loaded: str) -> dict[str
 
 
 def _apply_source(program: ScoreProgram, backward: bool) -> str:
-    log2e = math.log2(math.e)
+    natural = not backward and _unit(program) == LOG2E
     lines = ["def apply(s, scale, loaded):"]
-    if program.is_linear and _is_scaled(program) and not backward:
-        lines.append("    s = s * scale")
+    if program.is_linear and natural:
+        lines.append(f"    s = s * (scale * {1 / LOG2E!r})")
     if program.softcap is not None:
         # tanh(x) = 1 - 2 / (1 + exp(2x)): the hardware's own tanh is off by 5e-4, which a cap of 50 turns into 0.03.
-        cap = program.softcap * log2e
+        cap = program.softcap * (1.0 if natural else LOG2E)
         lines.append(f"    e = gl.exp2(s * (scale * {2 / program.softcap!r})) + 1.0")
         lines.append(
             '    r = gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [e], gl.float32, True, 1)'
         )
         lines.append(f"    s = r * {-2 * cap!r} + {cap!r}")
-    factor = "scale" if backward and program.is_linear else repr(log2e)
+    factor = "" if natural else "scale" if program.is_linear else repr(LOG2E)
     by_name = _in_formulas(program, backward, "loaded[{}]")
     if program.bias_formula or program.mask_formula or program.score_formula:
         lines.append(f"    rows, columns = loaded[{len(program.terms)}], loaded[{len(program.terms) + 1}]")
     if program.score_formula:
-        lines.append(f"    s = s * (scale * {1 / log2e!r})")
+        lines.append(f"    s = s * (scale * {1 / LOG2E!r})")
         if backward and not is_shift(program.score_formula):
             slope = derivative(program.score_formula)
             lines.append(f"    slope = s * 0.0 + ({device_source(slope, by_name)})")
             lines.append('    slope = gl.where(gl.abs(slope) < float("inf"), slope, 0.0)')
-        lines.append(f"    s = ({device_source(program.score_formula, by_name)}) * {log2e!r}")
+        lines.append(f"    s = {device_source(program.score_formula, by_name, factor)}")
         if backward:  # whatever becomes of the zeros that are past the end of Q
             inside = f"loaded[{len(program.terms) + 2}]{_axes(backward)[0]}"
             lines.append(f'    s = gl.where({inside}, s, float("-inf"))')
@@ -243,7 +246,7 @@ def _apply_source(program: ScoreProgram, backward: bool) -> str:
     conditions = [f"(loaded[{n}] != 0){_along(t, backward)}" for n, t in _of_kind(program, "mask")]
     if program.mask_formula:
         conditions.append(device_source(program.mask_formula, by_name))
-    lines += [f"    s = s + {bias} * {factor}" for bias in biases]
+    lines += [f"    s = s + {bias}" + f" * {factor}" * bool(factor) for bias in biases]
     if program.bias_formula:
         lines.append(f"    s = s + {device_source(program.bias_formula, by_name, factor)}")
     lines += [f'    s = gl.where({condition}, s, float("-inf"))' for condition in conditions]

@@ -89,6 +89,25 @@ def test_parts_without_keys(heads):
             check((q, k, v), dict(window_left=None, window_right=None, scale=0.1) | options)
 
 
+@pytest.mark.parametrize("how", ["bias", "float32 bias", "formula of the bias", "formula of the score"])
+@pytest.mark.parametrize("heads, sq, sk", [((8, 2), 1, 1000), ((4, 1), 24, 24), ((4, 1), 24, 9000), ((4, 4), 300, 300)])
+def test_rows_at_the_lowest_number(heads, sq, sk, how):
+    """Masks that are added: where every key is hidden, a row is the mean of all values, also of parts of them."""
+    q = torch.randn(2, heads[0], sq, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(2, heads[1], sk, 128, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+    options = dict(window_left=None, window_right=None, scale=0.1)
+    lowest = torch.finfo(torch.float32 if how == "float32 bias" else torch.bfloat16).min
+    if "formula" in how:
+        other = "s" if "score" in how else "0.0"
+        text = f"where((q % 3 == 0) | (k < 10), {lowest!r}, {other})"
+        options["formulas"] = Formulas(score=text) if "score" in how else Formulas(text)
+    else:
+        rows, columns = torch.arange(sq, device="cuda")[:, None], torch.arange(sk, device="cuda")
+        bias = torch.zeros(sq, sk, device="cuda", dtype=torch.float32 if how == "float32 bias" else torch.bfloat16)
+        options["bias"] = bias.masked_fill((rows % 3 == 0) | (columns < 10), lowest)
+    check((q, k, v), options)
+
+
 def check(qkv, options):
     q, k, v = qkv
     out, lse = attention_forward(q, k, v, **options)

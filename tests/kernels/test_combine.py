@@ -22,15 +22,18 @@ def wrong(parts, group, seqlen, head_dim_v, with_sinks, layout):
     scores = 3 * torch.randn(BATCH, KV_HEADS, seqlen, SEQLEN_K)
     scores[torch.rand(scores.shape) < 0.8] = -math.inf
     scores[0, 0, 0] = -math.inf
+    scores[1, 1, 0] = torch.finfo(torch.float32).min  # the mean of all keys, however they are divided
     values = torch.randn(BATCH, KV_HEADS, SEQLEN_K, head_dim_v)
     sinks = torch.randn(heads) if with_sinks else None
     edges = [SEQLEN_K * n // parts for n in range(parts + 1)]
     width = head_dim_v + 8
     part = torch.full((BATCH, KV_HEADS, parts, seqlen, width), math.nan)
-    part_lse = torch.empty(BATCH, KV_HEADS, parts, seqlen)
+    sums = torch.empty(BATCH, KV_HEADS, parts, 2, seqlen)
     for n, (first, stop) in enumerate(itertools.pairwise(edges)):
-        part_lse[:, :, n] = scores[..., first:stop].logsumexp(-1)
-        weights = scores[..., first:stop].softmax(-1).nan_to_num(0)
+        own = torch.cat([scores[..., first:stop], torch.full((*scores.shape[:3], 1), -math.inf)], -1)  # (or no key)
+        top = own.amax(-1)
+        weights = (own - top.where(top > -math.inf, 0.0)[..., None]).exp()[..., :-1]
+        sums[:, :, n, 0], sums[:, :, n, 1] = top, weights.sum(-1)
         part[:, :, n, :, :head_dim_v] = weights @ values[:, :, first:stop]
     every = scores
     if with_sinks:
@@ -41,7 +44,7 @@ def wrong(parts, group, seqlen, head_dim_v, with_sinks, layout):
     if layout == "heads outside":
         out = out.contiguous()
     lse = torch.full((BATCH, KV_HEADS, seqlen), math.nan)
-    grid, args = combine_arguments(part, part_lse, out[..., :head_dim_v], lse, sinks, group)
+    grid, args = combine_arguments(part, sums, out[..., :head_dim_v], lse, sinks, group)
     combine_kernel[grid](*args)
     if (
         not torch.allclose(out[..., :head_dim_v], weights @ values, atol=1e-5)

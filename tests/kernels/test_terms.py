@@ -51,7 +51,7 @@ def fake_gl(reads):
 def scores_by_program(products, bias, mask, softcap, formulas=NO_FORMULAS):
     """The scores of SHAPE, tile by tile as the kernel does them; what was read; and the program."""
     program, operands = terms.program_of(bias, mask, softcap, SHAPE, formulas)
-    load, apply, scaled = terms.functions(program)
+    load, apply, unit = terms.functions(program)
     operands = tuple((Pointer(tensor), *strides) for tensor, *strides in operands)
     reads: list = []
     gl = fake_gl(reads)
@@ -72,7 +72,7 @@ def scores_by_program(products, bias, mask, softcap, formulas=NO_FORMULAS):
                     tile[:height, :width] = inside
                     tile = apply(tile, SCALE * LOG2E, loaded)
                     result[b, h, row0 : row0 + 16, column0 : column0 + 32] = tile[:height, :width]
-    return (result / LOG2E if scaled else result * SCALE), reads, program
+    return (result * SCALE if unit is None else result * (unit / LOG2E)), reads, program
 
 
 def operand(kind, axes, layout):
@@ -252,7 +252,7 @@ def test_programs_are_made_once():
     first, _ = terms.program_of(bias, None, None, SHAPE)
     second, _ = terms.program_of(torch.randn_like(bias), None, None, SHAPE)
     assert first == second and terms.functions(first) is terms.functions(second)
-    assert terms.functions(terms.ScoreProgram()) == (None, None, False)
+    assert terms.functions(terms.ScoreProgram()) == (None, None, None)
 
 
 def test_alignment_is_claimed_only_where_it_holds():

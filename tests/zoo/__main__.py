@@ -5,23 +5,13 @@ Exit status 1 if a result is wrong or a graph could not be captured; an attentio
 
 import argparse
 import json
-import logging
-import os
 import sys
 import time
-import warnings
 from collections import Counter
 
 from .registry import MODES, models
-from .run import Result, run, totals
-
-
-def quiet() -> None:
-    """Nothing is downloaded, and only the pass is of interest."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
+from .run import Result, totals
+from .workers import quiet, run_all
 
 
 def line(result: Result) -> str:
@@ -29,14 +19,19 @@ def line(result: Result) -> str:
     if result.failure:
         return f"{text} FAILED  {result.failure}"
     expected = "?" if result.expected is None else result.expected
-    text += f" {result.fused} of {expected} fused, {result.found} found; out {result.out_error:.1e}"
+    text += f" {result.fused} of {expected} fused, {result.found} found"
+    text += f"; out {error(result.out_error, result.eager_out_error)}"
     if result.mode == "training":
-        text += f", grad {result.grad_error:.1e}"
+        text += f", grad {error(result.grad_error, result.eager_grad_error)}"
     if result.stock is not None:
         text += f"; stock fuses {result.stock}"
     text += f"; {result.seconds:.1f} s"
     text += f"  MISSED {result.missed}" * bool(result.missed) + "  WRONG" * result.wrong
     return text
+
+
+def error(ours: float, eager: float | None) -> str:
+    return f"{ours:.1e}" if eager is None else f"{ours:.1e} (eager {eager:.1e})"
 
 
 def details(result: Result) -> list[str]:
@@ -53,6 +48,9 @@ def summary(results: list[Result], missing: dict[str, str], stock: bool) -> list
     if stock:
         counted = sum(r.stock is not None for r in ran)
         lines.append(f"stock Inductor fuses {sums['stock']} (counted in {counted} of the runs)")
+    for title, field in (("masks proved", "masks"), ("fused onto", "kernels")):
+        counted = sum((getattr(r, field) for r in ran), Counter())
+        lines.append(f"{title}: " + ", ".join(f"{n} {name}" for name, n in counted.most_common()))
     reasons = sum((r.reasons for r in ran), Counter())
     lines.append("left as written: " + (", ".join(f"{n} {name}" for name, n in reasons.most_common()) or "none"))
     lists = {
@@ -72,21 +70,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__.splitlines()[0])
     parser.add_argument("-k", metavar="SUBSTRING", default="", help="only models with this in their name")
     parser.add_argument("--mode", choices=[*MODES, "both"], default="both")
-    parser.add_argument("--target", choices=["reference", "sdpa"], default="reference")
+    parser.add_argument("--target", choices=["reference", "sdpa", "hopper"], default="reference")
     parser.add_argument("--stock", action="store_true", help="also count what Inductor's own patterns fuse")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="this many processes")
+    parser.add_argument("--seconds", type=int, default=60, help="how long a model may take")
     parser.add_argument("--json", metavar="FILE", help="write the results to this file")
     options = parser.parse_args()
     quiet()
     start = time.perf_counter()
     zoo, missing = models()
+    chosen = [(m.name, mode) for m in zoo for mode in m.modes if options.k in m.name and options.mode in (mode, "both")]
+    settings = {"target": options.target, "stock": options.stock, "seconds": options.seconds}
     results = []
-    for model in zoo:
-        for mode in model.modes:
-            if options.k not in model.name or options.mode not in (mode, "both"):
-                continue
-            result = run(model, mode, target=options.target, stock=options.stock)
-            results.append(result)
-            print(line(result), *details(result), sep="\n           ", flush=True)
+    for result in run_all(chosen, settings, options.jobs):
+        results.append(result)
+        print(line(result), *details(result), sep="\n           ", flush=True)
     print("", *summary(results, missing, options.stock), sep="\n")
     print(f"{time.perf_counter() - start:.0f} s")
     if options.json:

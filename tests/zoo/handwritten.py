@@ -66,9 +66,9 @@ class Attention(nn.Module):
         return self.out(merge_heads(attended))
 
 
-def positions() -> tuple[Tensor, Tensor]:
-    """Of queries, as a column, and of keys, as a row."""
-    i = torch.arange(SEQLEN)
+def positions(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of queries, as a column, and of keys, as a row, where ``x`` is."""
+    i = torch.arange(SEQLEN, device=x.device)
     return i[:, None], i[None, :]
 
 
@@ -127,7 +127,7 @@ class MultiQuery(Attention):
 
     def attend(self, q, k, v):
         scores = torch.einsum("bhid,bjd->bhij", q * HEAD_DIM**-0.5, k.squeeze(1))
-        later = torch.ones(SEQLEN, SEQLEN, dtype=torch.bool).triu(1)
+        later = torch.ones(SEQLEN, SEQLEN, dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(later, -torch.finfo(scores.dtype).max)
         return torch.einsum("bhij,bjd->bhid", scores.softmax(dim=-1), v.squeeze(1))
 
@@ -139,11 +139,11 @@ class SequenceFirst(Attention):
     def forward(self, x):
         x = x.transpose(0, 1)
         q, k, v = (f(x).view(SEQLEN, BATCH * HEADS, HEAD_DIM) for f in (self.to_q, self.to_k, self.to_v))
-        empty = torch.empty(BATCH * HEADS, SEQLEN, SEQLEN)
+        empty = q.new_empty(BATCH * HEADS, SEQLEN, SEQLEN)
         scores = torch.baddbmm(
             empty, q.transpose(0, 1), k.transpose(0, 1).transpose(1, 2), beta=0.0, alpha=HEAD_DIM**-0.5
         )
-        later = torch.ones(1, 1, SEQLEN, SEQLEN).tril() < 0.5
+        later = q.new_ones(1, 1, SEQLEN, SEQLEN).tril() < 0.5
         scores = scores.view(BATCH, HEADS, SEQLEN, SEQLEN).masked_fill(later, -10000.0)
         weights = scores.softmax(dim=-1).view(BATCH * HEADS, SEQLEN, SEQLEN)
         attended = torch.bmm(weights, v.transpose(0, 1)).view(BATCH, HEADS, SEQLEN, HEAD_DIM)
@@ -207,7 +207,7 @@ class LearnedKeys(Attention):
 
     def attend(self, q, k, v):
         k, v = (torch.cat([m.expand(BATCH, -1, -1, -1), x], dim=2) for m, x in zip(self.memory, (k, v)))
-        later = torch.ones(SEQLEN, SEQLEN, dtype=torch.bool).triu(1)
+        later = torch.ones(SEQLEN, SEQLEN, dtype=torch.bool, device=q.device).triu(1)
         scores = (q @ k.mT * HEAD_DIM**-0.5).masked_fill(F.pad(later, (4, 0)), INF)
         return scores.softmax(-1) @ v
 
@@ -305,7 +305,9 @@ class Sinks(Attention):
 
     def attend(self, q, k, v):
         k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
-        scores = (q @ k.mT * HEAD_DIM**-0.5).masked_fill(torch.ones(SEQLEN, SEQLEN, dtype=torch.bool).triu(1), INF)
+        scores = (q @ k.mT * HEAD_DIM**-0.5).masked_fill(
+            torch.ones(SEQLEN, SEQLEN, dtype=torch.bool, device=q.device).triu(1), INF
+        )
         sinks = self.sinks.reshape(1, -1, 1, 1).expand(BATCH, -1, SEQLEN, 1)
         return F.softmax(torch.cat([scores, sinks], dim=-1), dim=-1)[..., :-1] @ v
 
@@ -316,7 +318,10 @@ class SoftCap(Attention):
 
     def attend(self, q, k, v):
         scores = torch.tanh(q @ k.mT * HEAD_DIM**-0.5 / 50.0) * 50.0
-        return scores.masked_fill(torch.ones(SEQLEN, SEQLEN, dtype=torch.bool).triu(1), INF).softmax(-1) @ v
+        return (
+            scores.masked_fill(torch.ones(SEQLEN, SEQLEN, dtype=torch.bool, device=q.device).triu(1), INF).softmax(-1)
+            @ v
+        )
 
 
 def lengths() -> Tensor:
@@ -360,7 +365,9 @@ class Dropout(Attention):
     """Of the weights, and always on: both modes of the zoo are without the model's dropout."""
 
     def attend(self, q, k, v):
-        scores = (q @ k.mT * HEAD_DIM**-0.5).masked_fill(torch.ones(SEQLEN, SEQLEN, dtype=torch.bool).triu(1), INF)
+        scores = (q @ k.mT * HEAD_DIM**-0.5).masked_fill(
+            torch.ones(SEQLEN, SEQLEN, dtype=torch.bool, device=q.device).triu(1), INF
+        )
         return F.dropout(scores.softmax(dim=-1), p=0.1, training=True) @ v
 
 
@@ -374,7 +381,7 @@ def masked(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
 @form("sliding-window")
 class SlidingWindow(Attention):
     def attend(self, q, k, v):
-        i, j = positions()
+        i, j = positions(q)
         return masked(q, k, v, (j <= i) & (j > i - 8))
 
 
@@ -383,7 +390,7 @@ class PrefixLM(Attention):
     """Everyone sees the first eight positions; the rest is causal."""
 
     def attend(self, q, k, v):
-        i, j = positions()
+        i, j = positions(q)
         return masked(q, k, v, (j <= i) | (j < 8))
 
 
@@ -392,7 +399,7 @@ class Chunks(Attention):
     """Llama 4: causal within chunks of eight."""
 
     def attend(self, q, k, v):
-        i, j = positions()
+        i, j = positions(q)
         return masked(q, k, v, (i // 8 == j // 8) & (j <= i))
 
 
@@ -402,8 +409,8 @@ class Documents(Attention):
 
     def attend(self, q, k, v, document):
         same = document[:, None, :, None] == document[:, None, None, :]
-        i, j = positions()
-        bias = torch.zeros(BATCH, 1, SEQLEN, SEQLEN).masked_fill(~(same & (j <= i)), torch.finfo(q.dtype).min)
+        i, j = positions(q)
+        bias = q.new_zeros(BATCH, 1, SEQLEN, SEQLEN).masked_fill(~(same & (j <= i)), torch.finfo(q.dtype).min)
         return (q @ k.mT * HEAD_DIM**-0.5 + bias).softmax(dim=-1) @ v
 
 
@@ -412,7 +419,7 @@ class ImageThenText(Attention):
     """PaliGemma: eight image tokens that see each other, causal text, and padding; added as a bias."""
 
     def attend(self, q, k, v, keep):
-        i, j = positions()
+        i, j = positions(q)
         seen = ((j <= i) | ((i < 8) & (j < 8)))[None, None] & keep[:, None, None]
         bias = (1.0 - seen.to(q.dtype)) * torch.finfo(q.dtype).min
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -426,8 +433,8 @@ class ALiBi(Attention):
     """A slope for each head, over a causal mask."""
 
     def attend(self, q, k, v):
-        i, j = positions()
-        slopes = 2.0 ** -(8.0 / HEADS * torch.arange(1, HEADS + 1))
+        i, j = positions(q)
+        slopes = 2.0 ** -(8.0 / HEADS * torch.arange(1, HEADS + 1, device=q.device, dtype=q.dtype))
         bias = slopes[:, None, None] * (j - i)
         scores = q @ k.mT / math.sqrt(HEAD_DIM) + bias
         return scores.masked_fill(j > i, INF).softmax(dim=-1) @ v
@@ -448,7 +455,7 @@ class T5Buckets(Attention):
         return sign + torch.where(distance < 4, distance, far.clamp(max=7))
 
     def attend(self, q, k, v):
-        i, j = positions()
+        i, j = positions(q)
         bias = self.relative_attention_bias(self.bucket(j - i)).permute(2, 0, 1).unsqueeze(0)
         scores = torch.matmul(q, k.transpose(3, 2))
         scores += bias
@@ -535,7 +542,7 @@ class CacheDecode(Attention):
         x = x[:, :1]
         k = self.keys.index_copy_(2, position, split_heads(self.to_k(x)))
         v = self.values.index_copy_(2, position, split_heads(self.to_v(x)))
-        keep = torch.arange(32) <= position[:, None]
+        keep = torch.arange(32, device=x.device) <= position[:, None]
         scores = (split_heads(self.to_q(x)) @ k.mT * HEAD_DIM**-0.5).masked_fill(~keep, INF)
         return self.out(merge_heads(scores.softmax(dim=-1) @ v))
 

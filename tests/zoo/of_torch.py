@@ -76,7 +76,7 @@ def padded() -> Call:
 @register("torch/attention-padding-causal-weights", 1)
 def padded_causal() -> Call:
     def how(m: nn.Module, x: Tensor, hidden: Tensor) -> Tensor:
-        later = torch.ones(SEQLEN, SEQLEN, dtype=torch.bool).triu(1)
+        later = torch.ones(SEQLEN, SEQLEN, dtype=torch.bool, device=x.device).triu(1)
         return m(x, x, x, key_padding_mask=hidden, attn_mask=later)[0]
 
     return attention(how, embedded(), padding())

@@ -253,6 +253,13 @@ class CachedStep(nn.Module):
         with torch.no_grad():
             model(input_ids=ids(PREFILLED), past_key_values=self.cache, use_cache=True)
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        """The cache goes where the model goes, and takes its dtype."""
+        for layer in self.cache.layers:
+            vars(layer).update({name: fn(x) for name, x in vars(layer).items() if isinstance(x, Tensor)})
+            layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
+        return super()._apply(fn, recurse)
+
     def forward(self, **inputs: Tensor) -> Tensor:
         return self.model(past_key_values=self.cache, use_cache=True, **inputs).logits
 
