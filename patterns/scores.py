@@ -50,7 +50,9 @@ class Added:
     index: Index
     coefficient: sympy.Expr
     dtype: torch.dtype
-    narrowed: bool = False  # the sum was cast to a dtype of smaller range afterwards
+    narrowed: torch.dtype | None = (
+        None  # that of the smallest range, if smaller than dtype's, to which the sum was cast
+    )
     raised: sympy.Expr | None = None  # the hugely negative number that replaced a sum lower than it
     halves: bool = False  # whether half of the gradient of a sum that is that number ends there
 
@@ -230,8 +232,8 @@ def _rounded(term: Added | Hidden, dtype: torch.dtype) -> Added | Hidden:
     """A term after the scores were cast: a fill may overflow, and so may a sum."""
     if isinstance(term, Hidden):
         return dataclasses.replace(term, fill=round_to(term.fill, dtype))
-    if torch.finfo(dtype).max < torch.finfo(term.dtype).max:
-        return dataclasses.replace(term, narrowed=True)
+    if torch.finfo(dtype).max < torch.finfo(term.narrowed or term.dtype).max:
+        return dataclasses.replace(term, narrowed=dtype)
     return term
 
 

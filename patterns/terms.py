@@ -89,7 +89,8 @@ def read_terms(
         empty = _of_several(several)
     if ordinary and not _leave_empty_rows_alone(raw, ordinary, least_fill, empty):
         empty = _of_several({empty, Empty.NAN_SCORES})
-    if any(isinstance(t, Added) and t.narrowed for t in raw):
+    added = [t for position, t in enumerate(raw) if isinstance(t, Added) and position not in ordinary]
+    if _may_overflow(algebra, [term for term in added if term.narrowed is not None]):
         raise Rejected(Reason.EMPTY_ROWS, "a sum of scores and mask is cast to a dtype in which it may overflow")
     raised = [t for t in raw if isinstance(t, Added) and t.raised is not None]
     if raised:
@@ -188,6 +189,27 @@ def _added_values(algebra: Algebra, term: Added) -> list[sympy.Expr]:
     """What a mask adds to the scores of hidden keys: multiplied later, it may have become infinite."""
     values = (v * term.coefficient for v in leaves(to_number(algebra.value(term.node, term.index))) if not v.is_zero)
     return [round_to(v, term.dtype) if v.is_number else v for v in values]
+
+
+def _may_overflow(algebra: Algebra, terms: list[Added]) -> bool:
+    """Whether a cast to a narrower dtype may make infinite what the terms and the scores, which are small, sum up to.
+
+    Not what one tensor holds that had such a dtype before, and what is lost in the rounding beside it.
+    """
+    unknown = 0
+    for term in terms:
+        about = torch.finfo(term.narrowed)
+        values = _added_values(algebra, term)
+        if all(v == -sympy.oo or (v.is_number and v.is_finite) for v in values):
+            if any(v.is_finite and abs(float(v)) > about.max * about.eps / 4 for v in values):
+                return True
+            continue
+        value = tensor(term.node)
+        is_narrow = value.dtype.is_floating_point and torch.finfo(value.dtype).max <= about.max
+        if not is_narrow or abs(float(term.coefficient)) > 1:
+            return True
+        unknown += 1
+    return unknown > 1
 
 
 def _added_empty(algebra: Algebra, term: Added) -> Empty | None:

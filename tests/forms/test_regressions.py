@@ -238,6 +238,20 @@ def test_a_fill_that_overflows_makes_nan_in_an_empty_row(fn, target):
     same_as_eager(fn, [*args, one_empty()], target=target, atol=0.06)
 
 
+@TARGETS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_sum_that_cannot_overflow_in_the_narrower_dtype(dtype, target):
+    """Local LongT5 adds a float32 mask of -1e10, in bfloat16. In float16 that is -inf."""
+
+    def fn(q, k, v, keep, bias):
+        s = (q @ k.mT * 0.25).float() + (bias + torch.where(keep[:, None, None], 0.0, -1e10))
+        return s.to(q.dtype).softmax(-1) @ v
+
+    args = [*(x.to(dtype) for x in qkv()), one_empty(), torch.randn(S, S).to(dtype)]
+    report = same_as_eager(fn, args, False, target, atol=0.06)
+    assert [site.status for site in report.sites] == ["fused" if dtype == torch.bfloat16 else "rejected"]
+
+
 def filled_then_biased(q, k, v, keep):
     s = (q @ k.mT * 0.25).masked_fill(~keep[:, None, None], -1e4)
     return (s + torch.linspace(0, 1, S)).softmax(-1) @ v
