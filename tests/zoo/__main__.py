@@ -13,6 +13,8 @@ from .registry import MODES, models
 from .run import Result, totals
 from .workers import quiet, run_all
 
+COLUMNS = ("expected", "found", "fused", "stock")
+
 
 def line(result: Result) -> str:
     text = f"{result.mode:9s}  {result.name:50s} "
@@ -38,6 +40,19 @@ def details(result: Result) -> list[str]:
     lines = [f"crash: {result.crash}"] if result.crash else []
     lines += [f"capture: {error.strip().splitlines()[-1]}" for error in result.captures]
     return lines + [f"{times} x {why}" for why, times in result.rejected.items()]
+
+
+def table(results: list[Result]) -> list[str]:
+    """Sums by library and mode."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        if not result.failure:
+            groups.setdefault((result.name.partition("/")[0], result.mode), []).append(result)
+    lines = [f"{'library':16s}{'mode':12s}" + "".join(f"{title:>12s}" for title in ("runs", *COLUMNS))]
+    for (library, mode), group in sorted(groups.items()):
+        sums = totals(group)
+        lines.append(f"{library:16s}{mode:12s}{len(group):12d}" + "".join(f"{sums[title]:12d}" for title in COLUMNS))
+    return lines
 
 
 def summary(results: list[Result], missing: dict[str, str], stock: bool) -> list[str]:
@@ -85,7 +100,7 @@ def main() -> int:
     for result in run_all(chosen, settings, options.jobs):
         results.append(result)
         print(line(result), *details(result), sep="\n           ", flush=True)
-    print("", *summary(results, missing, options.stock), sep="\n")
+    print("", *table(results), "", *summary(results, missing, options.stock), sep="\n")
     print(f"{time.perf_counter() - start:.0f} s")
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
