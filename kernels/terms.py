@@ -8,7 +8,6 @@ and nothing else.
 import functools
 import linecache
 import math
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -216,42 +215,19 @@ def _in_formulas(program: ScoreProgram, backward: bool, loaded: str) -> dict[str
     return by_name | {"q": f"rows{by_query}", "k": f"columns{by_key}", "s": "s"}
 
 
-# tanh(x) to 2.4e-5, as x * P(x^2) / Q(x^2) up to where it is 1 to that precision: minimax coefficients. The hardware's
-# own is off by 5e-4, which a cap of 50 turns into 0.03; written with exp it takes two of the special functions, whose
-# unit the softmax keeps busy.
-_TANH_END = 5.9
-_TANH_P = 0.9999572498256779, 0.10917268479892979, 0.0010061209592143717, -2.5247866197036483e-06
-_TANH_Q = 1.0, 0.4423705225222922, 0.015257551173539738
-
-
-def _tanh() -> str:
-    """In PTX, of one number, since of many at once the compiler would keep what is between in registers. NaN stays."""
-
-    def constant(x: float) -> str:
-        return "0f" + struct.pack(">f", x).hex()
-
-    def polynomial(coefficients: tuple[float, ...], name: str) -> str:
-        steps = (f"fma.rn.f32 {name}, {name}, y, {constant(c)};" for c in coefficients[-2::-1])
-        return " ".join((f"mov.f32 {name}, {constant(coefficients[-1])};", *steps))
-
-    return " ".join((
-        "{ .reg .f32 x, y, p, q;",
-        f"max.NaN.f32 x, $1, {constant(-_TANH_END)}; min.NaN.f32 x, x, {constant(_TANH_END)}; mul.f32 y, x, x;",
-        polynomial(_TANH_P, "p"), polynomial(_TANH_Q, "q"),
-        "mul.f32 x, x, p; rcp.approx.ftz.f32 q, q; mul.f32 $0, x, q; }",
-    ))  # fmt: skip
-
-
 def _apply_source(program: ScoreProgram, backward: bool) -> str:
     natural = not backward and _unit(program) == LOG2E
     lines = ["def apply(s, scale, loaded):"]
     if program.is_linear and natural:
         lines.append(f"    s = s * (scale * {1 / LOG2E!r})")
     if program.softcap is not None:
-        size = program.softcap * (1.0 if natural else LOG2E)  # of what tanh is multiplied by
-        lines.append(f"    x = s * (scale * {1 / (program.softcap * LOG2E)!r})")
-        lines.append(f'    t = gl.inline_asm_elementwise("{_tanh()}", "=r,r", [x], gl.float32, True, 1)')
-        lines.append(f"    s = t * {size!r}")
+        # tanh(x) = 1 - 2 / (1 + exp(2x)): the hardware's own tanh is off by 5e-4, which a cap of 50 turns into 0.03.
+        cap = program.softcap * (1.0 if natural else LOG2E)
+        lines.append(f"    e = gl.exp2(s * (scale * {2 / program.softcap!r})) + 1.0")
+        lines.append(
+            '    r = gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [e], gl.float32, True, 1)'
+        )
+        lines.append(f"    s = r * {-2 * cap!r} + {cap!r}")
     factor = "" if natural else "scale" if program.is_linear else repr(LOG2E)
     by_name = _in_formulas(program, backward, "loaded[{}]")
     if program.bias_formula or program.mask_formula or program.score_formula:
@@ -275,7 +251,7 @@ def _apply_source(program: ScoreProgram, backward: bool) -> str:
         lines.append(f"    s = s + {device_source(program.bias_formula, by_name, factor)}")
     lines += [f'    s = gl.where({condition}, s, float("-inf"))' for condition in conditions]
     if backward:
-        slope = "slope" if program.score_formula else "1.0 - t * t"
+        slope = "slope" if program.score_formula else "r * (4.0 - 4.0 * r)"
         if program.is_linear or (program.score_formula and is_shift(program.score_formula)):
             slope = "1.0"
         lines.append(f"    return s, {slope}")

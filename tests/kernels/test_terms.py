@@ -1,8 +1,6 @@
 """The generated score programs, run as plain Python on a CPU: what they read, and what they make of it."""
 
 import math
-import re
-import struct
 import types
 
 import pytest
@@ -16,13 +14,6 @@ from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas, check, evaluate
 BATCH, HEADS, SEQLEN_Q, SEQLEN_K = SHAPE = (2, 3, 40, 48)
 SCALE = 0.3
 LOG2E = math.log2(math.e)
-TANH = 2.5e-5  # what the kernels' tanh is off by
-
-
-PTX = {
-    "mov.f32": lambda a: a, "mul.f32": torch.mul, "fma.rn.f32": lambda a, b, c: a * b + c,
-    "max.NaN.f32": torch.maximum, "min.NaN.f32": torch.minimum, "rcp.approx.ftz.f32": torch.reciprocal,
-}  # fmt: skip
 
 
 class Pointer:
@@ -45,24 +36,15 @@ def fake_gl(reads):
         reads.append((index[seen], pointer.tensor))
         return torch.where(seen, storage[index.where(seen, 0)], torch.tensor(other, dtype=storage.dtype))
 
-    def assembly(asm, constraints, args, dtype, pure, pack):
-        assert (constraints, dtype, pure, pack) == ("=r,r", torch.float32, True, 1)
-        registers = {"$1": args[0]}
-
-        def read(name):
-            number = name.startswith("0f")
-            return torch.tensor(struct.unpack(">f", bytes.fromhex(name[2:]))[0]) if number else registers[name]
-
-        for statement in re.sub(r"[{}]|\.reg [^;]*;", "", asm).split(";")[:-1]:
-            operation, to, *of = statement.replace(",", "").split()
-            registers[to] = PTX[operation](*map(read, of))
-        return registers["$0"]
+    def approximate_reciprocal(asm, constraints, args, dtype, pure, pack):
+        assert asm == "rcp.approx.ftz.f32 $0, $1;"
+        return 1 / args[0]
 
     return types.SimpleNamespace(
         load=load, int64=torch.int64, float32=torch.float32, exp2=torch.exp2, where=torch.where,
         minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)), maximum=torch.maximum,
         abs=lambda x: torch.abs(torch.as_tensor(x)), exp=torch.exp, log=torch.log, sqrt=torch.sqrt,
-        multiple_of=lambda x, n: x, constexpr=bool, inline_asm_elementwise=assembly,
+        multiple_of=lambda x, n: x, constexpr=bool, inline_asm_elementwise=approximate_reciprocal,
     )  # fmt: skip
 
 
@@ -130,17 +112,7 @@ def test_all_at_once():
     bias, mask = operand("bias", "hqk", "contiguous"), operand("mask", "bk", "contiguous")
     got, _, _ = scores_by_program(products, bias, mask, 2.0)
     want = (2.0 * torch.tanh(products * SCALE / 2.0) + bias).masked_fill(~mask, -math.inf)
-    torch.testing.assert_close(got, want, atol=2.0 * TANH, rtol=1e-5)
-
-
-@pytest.mark.parametrize("cap", [0.5, 50.0])
-def test_softcap(cap):
-    """From where it is linear to where it is flat; in units of log(2) where nothing is added."""
-    products = torch.linspace(-20 * cap, 20 * cap, math.prod(SHAPE)).view(SHAPE) / SCALE
-    products[0, 0, 0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
-    got, _, _ = scores_by_program(products, None, None, cap)
-    want = cap * torch.tanh(products * SCALE / cap)
-    torch.testing.assert_close(got, want, atol=cap * TANH, rtol=1e-5, equal_nan=True)
+    torch.testing.assert_close(got, want)
 
 
 ROWS, COLUMNS = torch.arange(SEQLEN_Q)[:, None], torch.arange(SEQLEN_K)
@@ -181,8 +153,7 @@ def test_formulas_beside_tensors():
     formulas = Formulas("real(t0) * real(k)", "t1 == t2", (SLOPES, OF_QUERIES, OF_KEYS))
     got, _, program = scores_by_program(products, bias, mask, 2.0, formulas)
     want = 2.0 * torch.tanh(products * SCALE / 2.0) + bias + SLOPES * COLUMNS
-    want = want.masked_fill(~mask | (OF_QUERIES != OF_KEYS), -math.inf)
-    torch.testing.assert_close(got, want, atol=2.0 * TANH, rtol=1e-5)
+    torch.testing.assert_close(got, want.masked_fill(~mask | (OF_QUERIES != OF_KEYS), -math.inf))
     # Where no key is hidden, only what the bias needs is read.
     assert program.without_mask() == terms.ScoreProgram(2.0, program.terms[:2], formulas.bias)
 
@@ -273,7 +244,7 @@ def test_a_soft_cap_holds_at_infinity():
     products = torch.zeros(*SHAPE)
     products[..., 0], products[..., 1], products[..., 2] = math.inf, -math.inf, 1e30
     got, _, _ = scores_by_program(products, None, None, 5.0)
-    torch.testing.assert_close(got[0, 0, 0, :4], torch.tensor([5.0, -5.0, 5.0, 0.0]), atol=5.0 * TANH, rtol=0.0)
+    torch.testing.assert_close(got[0, 0, 0, :4], torch.tensor([5.0, -5.0, 5.0, 0.0]))
 
 
 def test_programs_are_made_once():
