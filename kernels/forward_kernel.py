@@ -25,6 +25,7 @@ from fa3_inductor.kernels.dropout import kept, key_of_head
 ROWS = gl.constexpr(64)  # query rows of one consumer: the M of a wgmma
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
+HUGE = gl.constexpr(2e38)  # less than the largest float32 over LOG2E
 
 # Hardware barriers, of which Triton uses the lower ones. Every warp arrives for itself: an mbarrier's arrival makes all
 # warps of a group wait for each other first, twice per KV tile. On an H100 that is worth 597 -> 671 TFLOP/s at D 128
@@ -268,8 +269,19 @@ def _softmax(s, m_i, scale, UNIT: gl.constexpr):
     finite = gl.where(m_new == float("-inf"), 0.0, m_new)
     if UNIT is None:
         return gl.exp2(s * scale - (finite * scale)[:, None]), m_new, gl.exp2(m_i * scale - finite * scale)
-    else:  # the difference first: the lowest number, times log2(e), would be -inf
-        return gl.exp2((s - finite[:, None]) * UNIT), m_new, gl.exp2((m_i - finite) * UNIT)
+    else:
+        unit = _row_units(finite, UNIT)
+        return gl.exp2(s * unit[:, None] - (finite * unit)[:, None]), m_new, gl.exp2(m_i * unit - finite * unit)
+
+
+@gluon.jit
+def _row_units(m, UNIT: gl.constexpr):
+    """UNIT, and 1 for rows whose maximum m is about the lowest number there is: a mask that is added hides all keys.
+
+    Times log2(e) that would be -inf; and beside such a number others are the same or far away, whatever the unit.
+    """
+    ones = gl.full(m.shape, 1.0, gl.float32, m.type.layout)
+    return gl.where(gl.abs(m) > HUGE, ones, ones * UNIT)
 
 
 @gluon.jit

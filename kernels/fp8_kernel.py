@@ -46,6 +46,7 @@ from fa3_inductor.kernels.forward_kernel import (
     _rescale_parts,
     _ring,
     _row_sums,
+    _row_units,
     _score,
     _steps,
     _sync,
@@ -217,7 +218,8 @@ def _softmax(s, m_i, scale, UNIT: gl.constexpr):
     if UNIT is None:  # the scale differs from tile to tile, so the maximum is in units of log(2)
         return gl.exp2(s * scale - (base - SHIFT)[:, None]), m_new, gl.exp2(m_i - base)
     else:
-        return gl.exp2((s - base[:, None]) * UNIT + SHIFT), m_new, gl.exp2((m_i - base) * UNIT)
+        unit = _row_units(base, UNIT)
+        return gl.exp2(s * unit[:, None] - (base * unit - SHIFT)[:, None]), m_new, gl.exp2(m_i * unit - base * unit)
 
 
 @gluon.jit
