@@ -320,7 +320,18 @@ add(
     global_attn_every_n_layers=2,
     local_attention=8,
 )
-add("longformer", "LongformerModel", "LongformerConfig", 2, text_padded, implementations=ONLY, attention_window=[8, 8])
+# Its scores are diagonals of many small products, in the memory of which rows are shifted by one: none is q k^T.
+add(
+    "longformer",
+    "LongformerModel",
+    "LongformerConfig",
+    2,
+    text_padded,
+    implementations=ONLY,
+    fused=0,
+    attention_window=[8, 8],
+)
+# The weights of a block of queries are cut up and multiplied by values piece by piece.
 add(
     "big-bird-sparse",
     "BigBirdModel",
@@ -329,6 +340,7 @@ add(
     long_text_padded(64),
     implementations=ONLY,
     trains=False,
+    fused=0,
     attention_type="block_sparse",
     block_size=4,
     num_random_blocks=1,
@@ -351,7 +363,7 @@ add(
     downsampling_rate=4,
     num_hash_buckets=32,
 )
-add("yoso", "YosoModel", "YosoConfig", 2, text_padded, implementations=ONLY, trains=False, use_expectation=True)
+add("yoso", "YosoModel", "YosoConfig", 0, text_padded, implementations=ONLY, trains=False, use_expectation=True)  # acos
 add("fnet", "FNetModel", "FNetConfig", 0, text, implementations=ONLY, trains=False)  # no attention
 add("xlm", "XLMModel", "XLMConfig", 2, text_padded, implementations=ONLY, emb_dim=64)
 add("flaubert", "FlaubertModel", "FlaubertConfig", 2, text_padded, implementations=ONLY, emb_dim=64)
@@ -370,6 +382,7 @@ add(
     6,
     translation_padded,
     implementations=ONLY,
+    fused=4,  # the encoder is Longformer's
     attention_window=[8, 8],
     max_encoder_position_embeddings=64,
     max_decoder_position_embeddings=64,
