@@ -132,6 +132,7 @@ _WITH_NUMBERS: dict[torch._ops.OpOverloadPacket, tuple[tuple[tuple[str, float | 
         "where({beta} * {x} > {threshold}, {x}, log(1.0 + exp({beta} * {x})) / {beta})",
     ),
 }
+_NAN_TO_NUM = "where({x} != {x}, {nan}, where({x} > {high}, {high}, where({x} < {low}, {low}, {x})))"
 # Functions with a pole: which argument has it, and where.
 _POLES = {
     aten.log: (0, 0.0),
@@ -140,7 +141,7 @@ _POLES = {
     aten.reciprocal: (0, 0.0),
     aten.div: (1, 0.0),
 }
-_OPERATIONS = {*_ARITHMETIC, *_OF_ONE_REAL, *_OF_TWO, *_WITH_NUMBERS}
+_OPERATIONS = {*_ARITHMETIC, *_OF_ONE_REAL, *_OF_TWO, *_WITH_NUMBERS, aten.nan_to_num}
 _OPERATIONS |= {aten.rsub, aten.div, aten.neg, aten.abs, aten.pow}
 # What may be done to a score, if nothing else is to be said of it.
 OF_SCORES = {*_OPERATIONS, aten.where, aten.masked_fill}
@@ -313,6 +314,8 @@ class _Writer:
             return _Text("condition", f"~({_as_condition(self._operand(node.args[0], index, torch.bool))})")
         if kind in _WITH_NUMBERS:
             return self._with_numbers(node, index)
+        if kind is aten.nan_to_num:
+            return self._nan_to_num(node, index)
         if kind not in _OPERATIONS or dtype == torch.bool or len(node.args) > 2:
             raise _Inexpressible
         if not dtype.is_floating_point and dtype not in (torch.int32, torch.int64):
@@ -364,6 +367,20 @@ class _Writer:
         found, away = bounds(x), about.eps if pole else about.tiny
         is_below = found is not None and found[1] < pole - away
         return not (is_below or least(x) > pole + away)
+
+    def _nan_to_num(self, node: Node, index: Index) -> _Text:
+        """NaN becomes a number; infinities the largest ones, by default."""
+        about = torch.finfo(tensor(node).dtype)
+        values = (argument(node, 1, "nan"), argument(node, 2, "posinf"), argument(node, 3, "neginf"))
+        nan, high, low = (y if x is None else x for x, y in zip(values, (0.0, about.max, about.min)))
+        if not math.isfinite(nan) or (high, low) != (about.max, about.min):
+            raise _Inexpressible  # (all that is beyond another number would become that)
+        x = self._operand(node.args[0], index, tensor(node).dtype)
+        return _Text(
+            "real",
+            _NAN_TO_NUM.format(x=_argument(x, _NAN_TO_NUM), nan=_number(nan), high=_number(high), low=_number(low)),
+            False,
+        )
 
     def _with_numbers(self, node: Node, index: Index) -> _Text:
         """A function of one real and numbers. One of None is none at all."""

@@ -130,6 +130,35 @@ def test_left_as_written_where_there_is_no_kernel(text):
     assert site.status == "rejected" and "no kernel, which would compute it: cpu tensors" in site.detail
 
 
+@pytest.mark.parametrize("broken", [None, math.nan, math.inf])
+def test_nan_to_num(broken):
+    """torchscale: between the products and the mask."""
+
+    def fn(q, k, v):
+        scores = torch.nan_to_num(q @ k.mT * 0.25)
+        return (scores + torch.full((S, S), -math.inf).triu(1)).softmax(-1) @ v
+
+    args = qkv()
+    if broken is not None:
+        args[1][0, 1, 5, 2] = broken
+    compiled, report = fuse(fn, target="reference")
+    ours, eager = (run(f, args, torch.float32, broken is None) for f in (compiled, fn))
+    for mine, theirs in zip([ours.out, *ours.grads], [eager.out, *eager.grads], strict=True):
+        torch.testing.assert_close(mine, theirs, equal_nan=True)
+    (site,) = report.sites
+    limit = torch.finfo(torch.float32).max
+    text = f"where(s != s, 0.0, where(s > {limit}, {limit}, where(s < {-limit}, {-limit}, s)))"
+    assert (site.status, site.mask, site.detail) == ("fused", "causal", f"scores become {text}")
+
+
+def test_infinities_that_become_a_number_leave_it_alone():
+    fn = attend(lambda s: torch.nan_to_num(s, posinf=3.0))
+    compiled, report = fuse(fn, target="reference")
+    args = qkv()
+    torch.testing.assert_close(*(run(f, args, torch.float32, False).out for f in (compiled, fn)))
+    assert [site.reason for site in report.sites] == [Reason.SCORE_OP]
+
+
 def test_learned(monkeypatch):
     """What a function has of its own is no part of the kernels' gradients."""
     fn, args = attend(gated), arguments((lambda: torch.ones(H),))
