@@ -27,7 +27,7 @@ def line(result: Result) -> str:
         text += f", grad {error(result.grad_error, result.eager_grad_error)}"
     if result.stock is not None:
         text += f"; stock fuses {result.stock}"
-    text += f"; {result.seconds:.1f} s"
+    text += f"; {result.seconds:.1f} s" + f", drawn {result.draws} times" * (result.draws > 1)
     text += f"  MISSED {result.missed}" * bool(result.missed) + "  WRONG" * result.wrong
     return text
 

@@ -71,6 +71,7 @@ class Result:
     eager_out_error: float | None = None
     eager_grad_error: float | None = None
     seconds: float = 0.0
+    draws: int = 1
     captures: list[str] = dataclasses.field(default_factory=list)
     stock: int | None = None
     failure: str = ""
@@ -147,6 +148,7 @@ def run(model: Model, mode: str, *, target: str = "reference", stock: bool = Fal
     start = time.perf_counter()
     for seed in range(DRAWS if target == "hopper" else 1):
         result = _run(model, mode, target, stock, seconds, seed)
+        result.draws = seed + 1
         torch._dynamo.reset()
         if not result.wrong or result.crash:
             break
@@ -245,14 +247,6 @@ def stir(module: nn.Module) -> None:
             parameter.mul_(inputs**-0.5 / parameter.std())
 
 
-def evaluate_in_more_than_bfloat16(call: Call, mode: str) -> "Evaluation":
-    """In float64, or in float32 where something of the model cannot (grouped products on a GPU)."""
-    try:
-        return evaluate(cast(call, torch.float64), mode)
-    except Exception:
-        return evaluate(cast(call, torch.float32), mode)
-
-
 @dataclasses.dataclass
 class Evaluation:
     """Floating-point outputs, and the gradients of the parameters by name."""
@@ -266,6 +260,14 @@ def evaluate(call: Call, mode: str, backend: Any = None) -> Evaluation:
     module, outputs = forward(call, mode, backend)
     grads = gradients(module, outputs) if mode == "training" else {}
     return Evaluation([x.detach() for x in outputs], grads)
+
+
+def evaluate_in_more_than_bfloat16(call: Call, mode: str) -> Evaluation:
+    """In float64, or in float32 where something of the model cannot (grouped products on a GPU)."""
+    try:
+        return evaluate(cast(call, torch.float64), mode)
+    except Exception:
+        return evaluate(cast(call, torch.float32), mode)
 
 
 def forward(call: Call, mode: str, backend: Any = None) -> tuple[nn.Module, list[Tensor]]:

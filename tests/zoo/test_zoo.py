@@ -93,6 +93,30 @@ def test_wrong_results_are_noticed(monkeypatch, mode):
     assert result.out_error == pytest.approx(0.01, rel=1e-3)
 
 
+@BOTH_MODES
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_bfloat16_beside_eager(monkeypatch, mode, factor):
+    """What "hopper" does, on a CPU; a result that is off by a tenth is wrong in every draw."""
+    prepare, fusing = runner.prepare, runner.fusing
+
+    def off(report, target):
+        assert target == "hopper"
+        backend = fusing(report, "reference")
+
+        def compiled(gm, inputs):
+            forward = backend(gm, inputs)
+            return lambda *args: [x * factor for x in forward(*args)]
+
+        return compiled
+
+    monkeypatch.setattr(runner, "prepare", lambda model, mode, device, seed: prepare(model, mode, "cpu", seed))
+    monkeypatch.setattr(runner, "fusing", off)
+    result = run(find("handwritten/nanogpt"), mode, target="hopper", seconds=0)
+    assert not result.failure and result.fused == 1
+    assert 0 < result.eager_out_error < 0.02 and (result.eager_grad_error > 0) == (mode == "training")
+    assert (result.wrong, result.draws) == ((False, 1) if factor == 1 else (True, runner.DRAWS))
+
+
 def test_crashes_and_failures_are_told_apart(monkeypatch):
     def broken(gm, _inputs):
         raise ValueError("of the pass")
