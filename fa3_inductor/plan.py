@@ -44,6 +44,9 @@ def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: 
             what = "masks that add -inf to the scores beside masks that write it over them, in training"
             raise Rejected(Reason.EMPTY_ROWS, f"{what}; config.empty_rows = 'relaxed' accepts zeros there")
         empty = Empty.NAN_SCORES
+    if trains and empty is Empty.NAN_SHOWN:
+        what = "of several masks one hides the weights as well, in training"
+        raise Rejected(Reason.EMPTY_ROWS, f"{what}; config.empty_rows = 'relaxed' accepts zeros there")
     if trains and empty is Empty.MEAN_SCORES and not (spec.softcap is None and spec.score is None):
         empty = Empty.AS_WRITTEN
     if spec.score is not None:

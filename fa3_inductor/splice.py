@@ -673,7 +673,13 @@ def _with_empty_rows(
 ) -> Node:
     """Give queries that see no key what the user's spelling gives them, gradients included."""
     dtype = fake_value(out).dtype
-    if plan.empty in (Empty.NAN_SCORES, *_AS_WRITTEN):
+    if plan.empty is Empty.NAN_SHOWN:
+        operand, kind = spec.shown
+        shows = emit.call("bool", emit.operand(operand))
+        shows = emit.call(torch.logical_not, shows) if kind is Weighs.HIDDEN else shows
+        hides_all = emit.call(torch.logical_not, emit.call("any", shows, -1, keepdim=True))
+        row_seen = emit.call(torch.logical_or, row_seen, hides_all)
+    if plan.empty in (Empty.NAN_SCORES, Empty.NAN_SHOWN, *_AS_WRITTEN):
         one = emit.call(torch.ones_like, row_seen, dtype=dtype)
         out = emit.call(operator.mul, out, emit.call(torch.where, row_seen, one, math.nan))
         if not emit.trains:
@@ -687,6 +693,9 @@ def _with_empty_rows(
     mean = emit.call("mean", emit.call("float", v), -2, keepdim=True)
     if emit.trains and plan.empty in (Empty.MEAN_SCORES, Empty.NAN_SCORES, *_AS_WRITTEN):
         mean = emit.call(operator.add, mean, _uniform_gradient(emit, q, k, v, mean, scale))
+        if plan.empty is not Empty.MEAN_SCORES:
+            for row in _sums_of_learned_biases(emit, spec):  # whose gradients are NaN then
+                mean = emit.call(operator.add, mean, emit.call(torch.where, row_seen, 0.0, row))
     if plan.empty in (Empty.NAN, Empty.NAN_SCORES, *_AS_WRITTEN):
         # Row by row, so that gradients stay clear of NaN where no row is empty.
         mean = emit.call(operator.mul, mean, emit.call(torch.where, row_seen, 0.0, math.nan))
@@ -694,6 +703,11 @@ def _with_empty_rows(
     if plan.empty in (Empty.NAN_SCORES, *_AS_WRITTEN):  # the kernels do not look at keys that nobody sees
         return emit.call(operator.add, out, mean)
     return emit.call(torch.where, row_seen, out, mean)
+
+
+def _sums_of_learned_biases(emit: _Emitter, spec: AttentionSpec) -> list[Node]:
+    learned = [t for t in spec.terms if t.kind is TermKind.BIAS and passes_gradient_on(t.operand.node)]
+    return [emit.call("sum", emit.call("float", emit.operand(t.operand)), -1, keepdim=True) for t in learned]
 
 
 def _uniform_gradient(emit: _Emitter, q: Node, k: Node, v: Node, mean: Node, scale: Any) -> Node:

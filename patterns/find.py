@@ -453,7 +453,11 @@ class _Reading:
         zeroed, v_factors, out_factors = _weighing(self.algebra, view, roles, roles.heads_of(k), empty)
         if v_factors and (float8 is not None or not_float8):
             float8, not_float8 = None, "not on the FP8 kernel: the weights are multiplied by a number for each key"
-        empty = _as_written(self.algebra, self.softmax, self.weights, view, bool(zeroed), terms, empty)
+        empty = _as_written(self.algebra, self.softmax, self.weights, view, len(zeroed), terms, empty)
+        shown = None
+        if empty is Empty.NAN_SHOWN:
+            ((at, kind),) = zeroed
+            shown = side_operand(space, at.node, at.index, roles), kind
         sinks = None
         if view.scores.sink is not None:
             sinks = read_sink(self.algebra, view.scores.sink, roles)
@@ -489,6 +493,7 @@ class _Reading:
             q_factors=tuple(q_factors),
             v_factors=v_factors,
             out_factors=out_factors,
+            shown=shown,
             sinks=sinks,
             float8=float8,
             not_float8=not_float8,
@@ -514,7 +519,7 @@ def _function_of(view: _View) -> tuple[Function | None, sympy.Expr, sympy.Expr |
 
 def _weighing(
     algebra: Algebra, view: _View, roles: Roles, kv_heads: sympy.Expr, empty: Empty
-) -> tuple[list[_Zeroed], tuple[Weighing, ...], tuple[Weighing, ...]]:
+) -> tuple[list[tuple[_Zeroed, Weighs]], tuple[Weighing, ...], tuple[Weighing, ...]]:
     """What is done to the weights: zeros where the scores are hidden too; what goes to the values; to the result."""
     zeroed, of_keys, of_queries = [], [], []
     for at in (*view.zeroed, *view.weighed):
@@ -529,7 +534,7 @@ def _weighing(
                 is_mask = not at.inverse and all(x in (0, 1) or is_condition(x) for x in leaves(value))
             if is_mask and any(isinstance(t, Hidden) and visible_where(algebra, t) == shown for t in view.scores.terms):
                 if isinstance(at, _Zeroed) or empty not in (Empty.NAN, Empty.NAN_SCORES, Empty.NAN_SOME):
-                    zeroed.append(at.node)  # (NaN times zero is none.)
+                    zeroed.append((at, kind))  # (NaN times zero is none.)
                 continue
             if isinstance(at, _Zeroed) and empty not in (Empty.IMPOSSIBLE, Empty.MEAN, Empty.MEAN_SCORES):
                 raise Rejected(Reason.WEIGHTS_OP, f"they are hidden by '{at.node.name}', which the scores are not")
@@ -546,7 +551,7 @@ def _weighing(
 
 
 def _as_written(
-    algebra: Algebra, softmax: Node, weights: _Weights, view: _View, zeroed: bool, terms: tuple[Term, ...],
+    algebra: Algebra, softmax: Node, weights: _Weights, view: _View, zeroed: int, terms: tuple[Term, ...],
     empty: Empty,
 ) -> Empty:  # fmt: skip
     """What an empty row gives where the softmax is written out, or its weights are replaced by zeros."""
@@ -573,11 +578,12 @@ def _as_written(
             )
     if zeroed:
         # Beside it, only what can hide nothing by itself. (Behind -inf, even that has a gradient of NaN.)
-        if sum(not t.ordinary for t in terms) > 1 or not isinstance(raw[-1], Hidden):
+        alone = sum(not t.ordinary for t in terms) <= 1 and isinstance(raw[-1], Hidden)
+        if not alone and (written is not None or zeroed > 1 or empty not in (Empty.NAN, Empty.NAN_SOME)):
             raise Rejected(Reason.EMPTY_ROWS, "of several masks one hides the weights as well")
-        empty = Empty.ZERO
+        empty = Empty.ZERO if alone else Empty.NAN_SHOWN
     if "nan_to_num" in weights.words:
-        if empty in (Empty.NAN_SCORES, Empty.NAN_SOME):
+        if empty in (Empty.NAN_SCORES, Empty.NAN_SHOWN, Empty.NAN_SOME):
             raise Rejected(Reason.EMPTY_ROWS, "weights of NaN become zero, but their gradient stays NaN")
         if empty is Empty.AS_WRITTEN:
             raise Rejected(Reason.EMPTY_ROWS, "only some weights of NaN become zero: not every mask is -inf")

@@ -61,6 +61,9 @@ class Empty(enum.Enum):
     ZERO = "zeros, as scaled_dot_product_attention gives"
     NAN = "NaN, as scores overwritten by -inf give; only v's gradient is NaN"
     NAN_SCORES = "NaN, as -inf added to the scores gives; every gradient is NaN"
+    NAN_SHOWN = (
+        "zeros where the mask that hides weights shows no key; else NaN, as -inf added to all that it shows gives"
+    )
     NAN_SOME = "NaN, as -inf both added to the scores and written over them gives; not every gradient is NaN"
     MEAN = "the mean of v over all keys, as scores overwritten by one finite value give"
     MEAN_SCORES = (
@@ -168,6 +171,7 @@ class AttentionSpec:
     q_factors: tuple[tuple[Operand, bool], ...] = ()  # that q is multiplied by, or divided by if True; none has keys
     v_factors: "tuple[Weighing, ...]" = ()  # none has queries
     out_factors: "tuple[Weighing, ...]" = ()  # none has keys
+    shown: "Weighing | None" = None  # of Empty.NAN_SHOWN: the mask that hides weights
     float8: Float8 | None = None
     not_float8: str = ""  # why it is None although one of the operands is in 8 bits
     sinks: Operand | float | None = None  # [Hq] or all the same: one more score in every row, which has no value

@@ -185,3 +185,56 @@ def test_dropout_of_equal_weights(by):
     dout = torch.randn_like(weights)
     ours, theirs = (torch.autograd.grad(x, (q, k), dout) for x in (weights, weigh(q, k) * kept))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def weights_hidden_too(q, k, v, bias, keep):
+    """CPM-Ant's: an embedding of positions, and a mask that the weights have as well."""
+    s = (scores(q, k) + bias).masked_fill(~keep, -math.inf)
+    return s.softmax(-1).masked_fill(~keep, 0.0) @ v
+
+
+def another_mask_too(q, k, v, bias, keep):
+    """SpeechBrain's: of two masks by -inf, one."""
+    s = scores(q, k).masked_fill(bias < -1e30, -math.inf).masked_fill(~keep, -math.inf)
+    return s.softmax(-1).masked_fill(~keep, 0.0) @ v
+
+
+@TARGETS
+@pytest.mark.parametrize("fn", [weights_hidden_too, another_mask_too])
+def test_weights_hidden_by_one_of_several_masks(fn, target):
+    """Zeros where that mask hides all, and NaN where the others hide all that it shows."""
+    bias = torch.randn(H, S, S)
+    bias[:, 5, :10] = bias[1, 9] = -math.inf
+    keep = torch.rand(B, 1, S, S) > 0.5
+    keep[..., 5, 10:] = keep[0, :, 9] = keep[1, :, 11] = False
+    args = [*torch.randn(3, B, H, S, D).unbind(), bias, keep]
+    compiled, report = fuse(fn, target=target)
+    ours, theirs = (run(f, args, torch.float32, False).out for f in (compiled, fn))
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    assert theirs.isnan().any() and (theirs == 0).all(-1).any()
+    assert [site.status for site in report.sites] == ["fused"], report
+    compiled, report = fuse(fn, target=target)
+    for mine, grad in zip(run(compiled, args, torch.float32).grads, run(fn, args, torch.float32).grads, strict=True):
+        assert mine is None and grad is None or torch.allclose(mine, grad, atol=1e-5, equal_nan=True)
+
+
+def exponentials_times_mask(q, k, v, bias):
+    e = torch.exp(scores(q, k) + bias) * torch.ones(S, S).tril(-1)
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+def infinity_added(q, k, v, bias):
+    return (scores(q, k) + bias + torch.full((S, S), -math.inf).triu(0)).softmax(-1) @ v
+
+
+@TARGETS
+@pytest.mark.parametrize("shape", [(S, S), (H, 1, S), (1, S, 1)])
+@pytest.mark.parametrize("fn", [exponentials_times_mask, infinity_added])
+def test_gradient_of_a_bias_where_a_row_is_nan(fn, shape, target):
+    args = [*torch.randn(3, B, H, S, D).unbind(), torch.randn(shape)]
+    compiled, report = fuse(fn, target=target)
+    ours, theirs = (run(f, args, torch.float32) for f in (compiled, fn))
+    for mine, grad in zip([ours.out, *ours.grads], [theirs.out, *theirs.grads], strict=True):
+        torch.testing.assert_close(mine, grad, atol=1e-4, rtol=1e-4, equal_nan=True)
+    assert theirs.grads[3].isnan().any()
+    assert [site.status for site in report.sites] == ["fused"], report

@@ -225,6 +225,7 @@ add(
     expert_layer_period=8, expert_layer_offset=7, num_experts=2, num_experts_per_tok=1, mamba_d_state=4,
     mamba_dt_rank=8,
 )  # fmt: skip
+add("cpmant", "CpmAntForCausalLM", "CpmAntConfig", 2, lm, implementations=ONLY)
 add("mamba", "MambaForCausalLM", "MambaConfig", 0, lm, implementations=ONLY, trains=False, state_size=4)
 add(
     "rwkv",
