@@ -103,7 +103,7 @@ def read_terms(
         if raised[0].halves and raised[0].raised in hidden:
             empty = Empty.RAISED
     if empty in (Empty.AS_WRITTEN, Empty.RAISED):
-        _check_as_written(raw)
+        _check_as_written(algebra, raw, ordinary)
     return tuple(terms), mask, empty
 
 
@@ -164,17 +164,29 @@ def _leave_empty_rows_alone(
         return False
     if empty is not Empty.MEAN_SCORES:
         return True  # what the masks write over the scores is written over the biases
-    eps = max(torch.finfo(term.dtype).eps for term in raw if isinstance(term, Added))
-    are_lost = max(ordinary.values()) <= least_fill * eps / 4  # in the rounding, as the scores are
+    masks = [position for position in range(len(raw)) if position not in ordinary]
+    # In the rounding of the sum that has both, as the scores are.
+    sums = {p: [raw[max(p, mask)].dtype for mask in masks] for p in ordinary}
+    are_lost = all(size <= least_fill * torch.finfo(dtype).eps / 4 for p, size in ordinary.items() for dtype in sums[p])
     return are_lost and not any(may_have_gradient(raw[position].node) for position in ordinary)
 
 
-def _check_as_written(raw: tuple[Added | Hidden, ...]) -> None:
-    """A fill that something is added to must swallow it, or an empty row is a softmax over what was added."""
+def _check_as_written(algebra: Algebra, raw: tuple[Added | Hidden, ...], ordinary: dict[int, float]) -> None:
+    """A number that something is added to must swallow it, or an empty row is a softmax over what was added.
+
+    (A mask that is added to the scores swallows what comes later too, but for sums in a more precise dtype.)
+    """
     for position, term in enumerate(raw):
-        later = [t for t in raw[position + 1 :] if isinstance(t, Added)]
-        if isinstance(term, Hidden) and term.fill.is_finite and later:
-            if float(term.fill) > min(swallows_below(t.dtype) for t in later):
+        if position in ordinary:
+            continue
+        later = [t.dtype for t in raw[position + 1 :] if isinstance(t, Added)]
+        if isinstance(term, Hidden):
+            fills = [term.fill]
+        else:
+            fills = _added_values(algebra, term)
+            later = [dtype for dtype in later if torch.finfo(dtype).eps < torch.finfo(term.dtype).eps]
+        for fill in fills if later else ():
+            if not fill.is_number or (fill.is_finite and float(fill) > min(map(swallows_below, later))):
                 raise Rejected(Reason.EMPTY_ROWS, "something is added to hidden scores that are not low enough for it")
 
 
