@@ -50,9 +50,7 @@ class Added:
     index: Index
     coefficient: sympy.Expr
     dtype: torch.dtype
-    narrowed: torch.dtype | None = (
-        None  # that of the smallest range, if smaller than dtype's, to which the sum was cast
-    )
+    narrowed: torch.dtype | None = None  # what the sum was cast to later, if that has a smaller range; the smallest
     raised: sympy.Expr | None = None  # the hugely negative number that replaced a sum lower than it
     halves: bool = False  # whether half of the gradient of a sum that is that number ends there
 

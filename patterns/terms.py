@@ -102,8 +102,7 @@ def read_terms(
             )
         if raised[0].halves and raised[0].raised in hidden:
             empty = Empty.RAISED
-    if empty in (Empty.AS_WRITTEN, Empty.RAISED):
-        _check_as_written(algebra, raw, ordinary)
+    _check_what_is_added_later(algebra, raw, ordinary)
     return tuple(terms), mask, empty
 
 
@@ -171,23 +170,30 @@ def _leave_empty_rows_alone(
     return are_lost and not any(may_have_gradient(raw[position].node) for position in ordinary)
 
 
-def _check_as_written(algebra: Algebra, raw: tuple[Added | Hidden, ...], ordinary: dict[int, float]) -> None:
-    """A number that something is added to must swallow it, or an empty row is a softmax over what was added.
+def _check_what_is_added_later(algebra: Algebra, raw: tuple[Added | Hidden, ...], ordinary: dict[int, float]) -> None:
+    """A number that a bias is added to must swallow it, or an empty row is a softmax over the biases.
 
-    (A mask that is added to the scores swallows what comes later too, but for sums in a more precise dtype.)
+    A mask that is added to the scores swallows what comes later too, but for sums in a more precise dtype.
     """
     for position, term in enumerate(raw):
         if position in ordinary:
             continue
-        later = [t.dtype for t in raw[position + 1 :] if isinstance(t, Added)]
+        added = [t for t in raw[position + 1 :] if isinstance(t, Added)]
         if isinstance(term, Hidden):
             fills = [term.fill]
         else:
             fills = _added_values(algebra, term)
-            later = [dtype for dtype in later if torch.finfo(dtype).eps < torch.finfo(term.dtype).eps]
-        for fill in fills if later else ():
-            if not fill.is_number or (fill.is_finite and float(fill) > min(map(swallows_below, later))):
+            eps = torch.finfo(term.dtype).eps
+            added = [t for t in added if torch.finfo(t.dtype).eps < eps and not _is_mask(algebra, t)]
+        for fill in fills if added else ():
+            least = min(swallows_below(t.dtype) for t in added)
+            if not fill.is_number or (fill.is_finite and float(fill) > least):
                 raise Rejected(Reason.EMPTY_ROWS, "something is added to hidden scores that are not low enough for it")
+
+
+def _is_mask(algebra: Algebra, term: Added) -> bool:
+    """Whether a term adds nothing but zeros and what nothing is seen beside."""
+    return all(v.is_number and (not v.is_finite or is_low(v)) for v in _added_values(algebra, term))
 
 
 def hides_by_infinity(algebra: Algebra, term: Added | Hidden) -> bool:
@@ -203,10 +209,14 @@ def _added_values(algebra: Algebra, term: Added) -> list[sympy.Expr]:
     return [round_to(v, term.dtype) if v.is_number else v for v in values]
 
 
+_LARGE_SCORE = 1e6
+
+
 def _may_overflow(algebra: Algebra, terms: list[Added]) -> bool:
     """Whether a cast to a narrower dtype may make infinite what the terms and the scores, which are small, sum up to.
 
-    Not what one tensor holds that had such a dtype before, and what is lost in the rounding beside it.
+    Not what one tensor holds that had such a dtype before, and what is lost in the rounding beside it; scores are, but
+    in float16.
     """
     unknown = 0
     for term in terms:
@@ -218,7 +228,7 @@ def _may_overflow(algebra: Algebra, terms: list[Added]) -> bool:
             continue
         value = tensor(term.node)
         is_narrow = value.dtype.is_floating_point and torch.finfo(value.dtype).max <= about.max
-        if not is_narrow or abs(float(term.coefficient)) > 1:
+        if not is_narrow or abs(float(term.coefficient)) > 1 or about.max * about.eps < _LARGE_SCORE:
             return True
         unknown += 1
     return unknown > 1

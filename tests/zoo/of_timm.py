@@ -55,8 +55,7 @@ add("pvt-v2", "pvt_v2_b0", 8, image=64, trains=False)
 add("twins-pcpvt", "twins_pcpvt_small", 16, image=64, trains=False, img_size=64)
 # A bias that is gathered from a table.
 add("levit", "levit_128s", 11, image=64, spellings=ONE, trains=False, img_size=64)
-# A weighted sum of two softmaxes.
-# The first layer's weights are those of two softmaxes, one of them of positions alone.
+# The first layer's weights are a sum of two softmaxes, one of them of positions alone.
 add("convit", "convit_tiny", 2, spellings=ONE, fused=1, **TINY, local_up_to_layer=1)
 add(
     "tnt",

@@ -285,10 +285,10 @@ def forward(call: Call, mode: str, backend: Any = None) -> tuple[nn.Module, list
 
 
 def gradients(module: nn.Module, outputs: list[Tensor]) -> dict[str, Tensor | None]:
-    generator = torch.Generator("cpu").manual_seed(2)
+    generator = torch.Generator().manual_seed(2)
     leaves = {name: x for name, x in module.named_parameters() if x.requires_grad}
     roots = [x for x in outputs if x.requires_grad]
-    seeds = [torch.randn(x.shape, generator=generator, dtype=torch.float32, device="cpu").to(x) for x in roots]
+    seeds = [torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x) for x in roots]
     return dict(zip(leaves, torch.autograd.grad(roots, list(leaves.values()), seeds, allow_unused=True)))
 
 
@@ -336,7 +336,7 @@ def errors(ours: Evaluation, exact: Evaluation, together: bool = False) -> tuple
     if together:
         pairs = [(ours.grads[name], x) for name, x in exact.grads.items() if x is not None]
         pairs = [(torch.zeros_like(x) if mine is None else mine, x) for mine, x in pairs]
-        flat = [torch.cat([torch.zeros(1), *(x.flatten().cpu() for x in side)]) for side in zip(*pairs)]
+        flat = [torch.cat([x.flatten() for x in side]) for side in zip(*pairs)]
         return out_error, distance(*flat) if flat else 0.0
     # Some gradients are zero but for rounding, that of a key projection's bias among them: only what would be seen
     # beside the largest counts.
