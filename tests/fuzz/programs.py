@@ -463,7 +463,21 @@ def fill(w: Writer, s: str) -> str:
 WRONG_FILLS = ("-1.0", "0.0", "-50.0", "-999.0", "1e9", "float('nan')", "float('inf')", "-88.0")
 
 
+def hide_by_unknown(w: Writer, s: str) -> None:
+    """A mask that is an argument, as numbers."""
+    has = w.available()
+    axes = "".join(a for a in has if a in w.pick("qk", "bhqk", "bqk", "k", "bk"))
+    zeros = f"torch.zeros({w.dims(axes)})"
+    number = fill(w, s).replace(f"{s}.dtype", "torch.float32")
+    hidden = w.align(w.input("hidden", f"{zeros}.masked_fill(torch.rand({w.dims(axes)}) > 0.6, {number})"), axes)
+    w.set(s, w.pick(f"{s} + {hidden}", f"{hidden} + {s}"))
+    w.hidden_once.append(f"({hidden} == 0)")
+
+
 def hide(w: Writer, s: str) -> None:
+    if w.chance(10):
+        hide_by_unknown(w, s)
+        return
     m = visible(w)
     value = w.pick(*WRONG_FILLS) if w.slip("wrong fill", 10) else fill(w, s)
     how = w.pick(
