@@ -330,6 +330,7 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, t
     # Where a row is empty, what a bias makes of it depends on every term of the user's sum. (In a call of SDPA, its
     # gradients do: the log-sum-exp of a row that is -1e9 all along has no room for the number of its keys.)
     whole = biased and (not exact or (spec.is_sdpa and emit.trains and config.empty_rows == "exact"))
+    whole = whole or (biased and emit.trains and spec.sinks is not None)  # (nor of one that is 1e9)
     by_window = all(t.window is not None for t in spec.terms)
     texts = ("", "", "")
     if plan.target == "sdpa":
@@ -561,7 +562,8 @@ def _shape_scores(
     top = emit.call("amax", masked, -1, keepdim=True)
     # A row far from zero (a finite mask over all its keys) loses the scores in the rounding of its log-sum-exp, on
     # which the backward relies. Softmax ignores an offset, so the row is lifted.
-    is_far = emit.call(operator.gt, emit.call("abs", top), _FAR)
+    # Beside a sink, it is lowered if it is high, but not so far that the sink would count.
+    is_far = emit.call(operator.gt, top if spec.sinks is not None else emit.call("abs", top), _FAR)
     lift = emit.call(torch.where, is_far, top, 0.0)
     swallows, absorbed = [t.swallows for t in spec.terms if t.swallows is not None], None
     if swallows:
@@ -581,6 +583,8 @@ def _shape_scores(
     row_seen = emit.call(operator.gt, top, -math.inf)
     lift = emit.call("masked_fill", lift, emit.call(torch.logical_not, row_seen), 0.0)
     bias = emit.call(operator.sub, bias, lift)
+    if spec.sinks is not None:
+        bias = emit.call(operator.add, bias, emit.call(torch.where, is_far, _FAR, 0.0))
     return _Shaped(q, _as_mask_dtype(emit, spec, plan, bias, q), mask, row_seen, absorbed)
 
 

@@ -269,3 +269,24 @@ def test_a_maximum_subtracted_for_stability_is_nothing(reduce):
     compare(compiled, stable, tensors()[:3], torch.float32)
     (site,) = report.sites
     assert (site.status, site.mask) == ("fused", "full"), site.verdict
+
+
+@pytest.mark.parametrize("number", [1e9, 2e3, -1e9])
+@pytest.mark.parametrize("sink", ["learned", "one"])
+def test_unknown_numbers_beside_a_sink(sink, number):
+    """Found by fuzzing: the backward lost the number of a row's keys beside a log-sum-exp of 1e9."""
+
+    def fn(q, k, v, sinks, factor):
+        scores = q @ k.mT * 0.25 + factor * number
+        joined = torch.cat([scores, column(sinks if sink == "learned" else torch.zeros(H), q)], -1)
+        return joined.softmax(-1)[..., :-1] @ v
+
+    factor = torch.randint(0, 2, (S, S)).float()
+    factor[3], factor[4] = 0.0, 1.0
+    args = [*tensors(), factor]
+    compiled, report = fuse(fn, target="reference")
+    ours, theirs = (run(f, args, torch.float32) for f in (compiled, fn))
+    for mine, grad in zip([ours.out, *ours.grads[:4]], [theirs.out, *theirs.grads[:4]], strict=True):
+        if mine is not None or grad is not None:
+            torch.testing.assert_close(mine, grad, atol=1e-3, rtol=1e-3)
+    assert [site.status for site in report.sites] == ["fused"], report
