@@ -35,7 +35,7 @@ def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: 
     """
     tensors = {name: getattr(spec, name).node.meta["val"] for name in ("q", "k", "v")}
     _check(spec, tensors)
-    _check_factors(spec, tensors["q"].dtype, trains)
+    _check_factors(spec, tensors["q"].dtype)
     empty = spec.empty
     if relaxed_empty_rows and empty is not Empty.IMPOSSIBLE:
         empty = Empty.ZERO
@@ -137,20 +137,15 @@ def _check(spec: AttentionSpec, tensors: dict[str, torch.Tensor]) -> None:
         raise Rejected(Reason.EMPTY, "sizes " + ", ".join(map(str, sizes)))
 
 
-def _check_factors(spec: AttentionSpec, dtype: torch.dtype, trains: bool) -> None:
+def _check_factors(spec: AttentionSpec, dtype: torch.dtype) -> None:
     """Whether what scales the scores can be taken to the queries, in their dtype, and what scales the weights to v."""
     if dtype == torch.float16 and any(kind in (Weighs.TIMES, Weighs.OVER) for _, kind in spec.v_factors):
         raise Rejected(Reason.WEIGHTS_OP, "a factor for every key, which may be too large for values in float16")
-    for factor, _ in spec.q_factors:
-        scales = f"'{factor.node.name}' scales the scores"
-        if dtype == torch.float16:
-            raise Rejected(Reason.TENSOR_SCALE, f"{scales}, and may be too large for queries in float16")
-        if dtype != torch.float32 and trains and may_have_gradient(factor.node):
-            raise Rejected(
-                Reason.TENSOR_SCALE,
-                f"{scales} and may have a gradient, which is a sum over all of them: from 16-bit gradients of the "
-                "queries it would be less exact than as written",
-            )
+    if dtype == torch.float16 and spec.q_factors:
+        name = spec.q_factors[0][0].node.name
+        raise Rejected(
+            Reason.TENSOR_SCALE, f"'{name}' scales the scores, and may be too large for queries in float16"
+        )
 
 
 def _check_score(spec: AttentionSpec, trains: bool) -> None:
