@@ -1,10 +1,10 @@
 """The operators that the pass puts into graphs: `fa3::attention`, `fa3::attention_backward`, and for inference
 `fa3::attention_fp8` of float8_e4m3fn tensors and `fa3::attention_quantised`, which rounds 16-bit ones to it.
 
-Import this module to register them. They are opaque to Inductor, functional, differentiable once (in q, k, v, bias and
-sinks; those in FP8 not at all), and have fakes for every shape, symbolic ones included. All take `target`: "hopper"
-runs the Gluon kernels on CUDA tensors, "reference" the plain PyTorch specification; CPU tensors always take the
-reference. With a `seed`, int64 [1], weights are dropped with probability `dropout_p`, by the rule of
+Import this module to register them. They are opaque to Inductor, functional, differentiable once (out and lse in q, k,
+v, bias and sinks; those in FP8 not at all), and have fakes for every shape, symbolic ones included. All take `target`:
+"hopper" runs the Gluon kernels on CUDA tensors, "reference" the plain PyTorch specification; CPU tensors always take
+the reference. With a `seed`, int64 [1], weights are dropped with probability `dropout_p`, by the rule of
 `fa3_inductor.kernels.dropout`; with `deterministic`, gradients are summed up in one order.
 `fa3_inductor.kernels.reference` says what the other arguments mean; `bias_formula`, `mask_formula`, `score_formula` and
 the tables `t0` to `t3` are `fa3_inductor.kernels.formulas.Formulas`.
@@ -44,7 +44,7 @@ torch.library.define(
     "fa3::attention_backward",
     f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor out, Tensor lse, {_MASKING}, "
     f"bool bias_grad, {_SOFTCAP}, Tensor? seed=None, float dropout_p=0.0, "
-    f"{_DETERMINISTIC}, {_FORMULAS}) "
+    f"{_DETERMINISTIC}, Tensor? dlse=None, {_FORMULAS}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
@@ -99,7 +99,7 @@ def _attention_fake(
 @torch.library.impl("fa3::attention_backward", "default")
 def _backward(
     dout, q, k, v, bias, mask, out, lse, scale, window_left, window_right, target, bias_grad, softcap=None, seed=None,
-    dropout_p=0.0, deterministic=False, *formulas,
+    dropout_p=0.0, deterministic=False, dlse=None, *formulas,
 ):  # fmt: skip
     _check(q, k, v, bias, mask, target)
     if target == "hopper" and q.is_cuda:
@@ -108,13 +108,13 @@ def _backward(
         grads = attention_backward(
             dout, q, k, v, bias, mask, out, lse, scale=scale, window_left=window_left, window_right=window_right,
             softcap=softcap, bias_grad=bias_grad, seed=seed, dropout_p=dropout_p,
-            formulas=_formulas(*formulas), deterministic=deterministic,
+            formulas=_formulas(*formulas), deterministic=deterministic, dlse=dlse,
         )  # fmt: skip
         return grads if bias_grad else (*grads[:3], q.new_empty((0,)))
     grads = *_grads(q, k, v), _dbias(q, bias, bias_grad)
     reference = attention_backward_reference(
         dout, q, k, v, bias, mask, out, lse, scale=scale, window_left=window_left, window_right=window_right,
-        softcap=softcap, formulas=_checked(q, k, formulas), **_dropout(q, k, seed, dropout_p),
+        softcap=softcap, formulas=_checked(q, k, formulas), dlse=dlse, **_dropout(q, k, seed, dropout_p),
     )  # fmt: skip
     for grad, value in zip(grads if bias_grad else grads[:3], reference):
         grad.copy_(value)
@@ -124,7 +124,7 @@ def _backward(
 @torch.library.register_fake("fa3::attention_backward")
 def _backward_fake(
     dout, q, k, v, bias, mask, out, lse, scale, window_left, window_right, target, bias_grad, softcap=None, seed=None,
-    dropout_p=0.0, deterministic=False, *formulas,
+    dropout_p=0.0, deterministic=False, dlse=None, *formulas,
 ):  # fmt: skip
     _check(q, k, v, bias, mask, target)
     return *_grads(q, k, v), _dbias(q, bias, bias_grad)
@@ -208,19 +208,21 @@ def _setup_context(ctx, inputs, output):
     ctx.bias_grad = bias is not None and ctx.needs_input_grad[3]
     ctx.sinks_grad = sinks is not None and ctx.needs_input_grad[10]
     ctx.save_for_backward(q, k, v, bias, mask, out, lse, sinks, seed, *tables)
-    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
 
 
-def _attention_vjp(ctx, dout, _dlse):
+def _attention_vjp(ctx, dout, dlse):
     q, k, v, bias, mask, out, lse, sinks, seed, *tables = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv, dbias = torch.ops.fa3.attention_backward(
         dout, q, k, v, bias, mask, out, lse, ctx.scale, ctx.window_left, ctx.window_right, ctx.target, ctx.bias_grad,
-        ctx.softcap, seed, ctx.dropout_p, ctx.deterministic, *ctx.formulas, *tables,
+        ctx.softcap, seed, ctx.dropout_p, ctx.deterministic, dlse, *ctx.formulas, *tables,
     )  # fmt: skip
     dsinks = None
     if ctx.sinks_grad:  # a sink's weight times what it adds to the output, nothing, less what the row adds up to
         weights = torch.exp(sinks.to(lse.dtype).view(1, -1, 1) - lse)
         delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+        delta = delta if dlse is None else delta - dlse
         dsinks = -(weights * delta).sum((0, 2)).to(sinks.dtype)
     return dq, dk, dv, dbias if ctx.bias_grad else None, *[None] * 6, dsinks, *[None] * (6 + len(tables))
 

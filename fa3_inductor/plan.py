@@ -51,6 +51,10 @@ def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: 
         empty = Empty.AS_WRITTEN
     if spec.score is not None:
         _check_score(spec, trains)
+    exact = (Empty.IMPOSSIBLE, Empty.AS_WRITTEN) if trains else _EXACT_LSE
+    if spec.lse and spec.empty not in exact:
+        what = f"'{spec.lse[0].node.name}' is their log-sum-exp, where masks may hide all of a row"
+        raise Rejected(Reason.SCORES_USED, what + (", in training" if spec.empty in _EXACT_LSE else ""))
     in_8_bits = not_8_bits = ""
     if requested == "reference" or (requested != "sdpa" and _not_hopper(tensors["q"].device) is None):
         in_8_bits, not_8_bits = _fp8(spec, tensors, empty, fp8, trains)
@@ -68,13 +72,19 @@ def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: 
         why = "; ".join(filter(None, (why, not_8_bits)))
     if spec.score is not None:
         raise Rejected(spec.no_score.reason, f"{spec.no_score.detail}; no kernel, which would compute it: {why}")
-    for what, there in (("a soft cap", spec.softcap), ("sinks", spec.sinks)):
+    if spec.lse:
+        what = f"'{spec.lse[0].node.name}' is their log-sum-exp, which scaled_dot_product_attention does not give"
+        raise Rejected(Reason.SCORES_USED, f"{what}; no kernel: {why}")
+    for what, there in (("a soft cap", spec.softcap), ("sinks", spec.sinks), ("sinks", spec.row_sinks)):
         if there is not None:
             raise Rejected(
                 Reason.SCORE_OP, f"{what}, which scaled_dot_product_attention does not have; no kernel: {why}"
             )
     return Plan("sdpa", "F.scaled_dot_product_attention", empty, why)
 
+
+# Where it is the user's in empty rows too; in training, where its gradient is as well.
+_EXACT_LSE = (Empty.IMPOSSIBLE, Empty.AS_WRITTEN, Empty.NAN, Empty.NAN_SCORES)
 
 _FP8_OPERATORS = {"graph": "fa3::attention_fp8", "quantize": "fa3::attention_quantised"}
 
@@ -143,9 +153,7 @@ def _check_factors(spec: AttentionSpec, dtype: torch.dtype) -> None:
         raise Rejected(Reason.WEIGHTS_OP, "a factor for every key, which may be too large for values in float16")
     if dtype == torch.float16 and spec.q_factors:
         name = spec.q_factors[0][0].node.name
-        raise Rejected(
-            Reason.TENSOR_SCALE, f"'{name}' scales the scores, and may be too large for queries in float16"
-        )
+        raise Rejected(Reason.TENSOR_SCALE, f"'{name}' scales the scores, and may be too large for queries in float16")
 
 
 def _check_score(spec: AttentionSpec, trains: bool) -> None:
@@ -224,7 +232,7 @@ def _kernel_name(spec: AttentionSpec, dtype: torch.dtype, in_8_bits: str) -> str
         ["dropout"] * (spec.dropout_p > 0)
         + ["softcap"] * (spec.softcap is not None)
         + ["function"] * (spec.score is not None)
-        + ["sinks"] * (spec.sinks is not None)
+        + ["sinks"] * (spec.sinks is not None or spec.row_sinks is not None)
     )
     words += sorted({"bias" if t.kind is TermKind.BIAS else "mask" for t in spec.terms if t.window is None})
     function = {"graph": "attention_fp8", "quantize": "attention_quantised"}.get(in_8_bits, "attention_forward")

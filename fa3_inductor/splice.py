@@ -57,21 +57,24 @@ class Splicer:
         place = self.capture.origin(spec.result)
         if place is None:
             raise Rejected(Reason.OPAQUE, f"'{spec.result.name}' comes from no operation of the graph")
+        of_lse = [self._place_of_lse(spec, x.node) for x in spec.lse]
         if spec.is_sdpa and plan.target == "sdpa" and not _simplifies(spec):
             return "", "", ""
         if place.kwargs.get("out") is not None:
             raise Rejected(Reason.OPAQUE, f"'{place.name}' writes its result into a tensor of the user's (out=)")
         values = dict(self._rebuilt.get(place, {}))
-        emit = _Emitter(self.capture, place, values, self.mode, self.trains)
+        emit = _Emitter(self.capture, min((place, *of_lse)), values, self.mode, self.trains)
         if emit.trains:
             self._check_grad_mode(place, interior)
         try:
-            out, formulas = _attention(emit, spec, plan)
-            out = _restore(emit, _weighed(emit, out, spec.out_factors), spec)
+            out, lse, formulas = _attention(emit, spec, plan)
+            out = _restore(emit, _weighed(emit, out, spec.out_factors), spec, spec.result, spec.result_axes)
             if emit.trains and self.capture.is_written_after(place, place):
                 out = emit.call("clone", out)  # a product does not keep its result for the backward; an attention does
             values[spec.result] = out
             self._replace(emit, place, spec)
+            for x, old in zip(spec.lse, of_lse):
+                old.replace_all_uses_with(_restore(emit, lse, spec, x.node, x.axes), propagate_meta=False)
         except Exception:
             emit.undo()
             raise
@@ -79,6 +82,17 @@ class Splicer:
         if not is_shared:
             self._removed.update(n for value in interior for n in self.capture.held_by(value))
         return formulas
+
+    def _place_of_lse(self, spec: AttentionSpec, lse: Node) -> Node:
+        """Where the log-sum-exp of the scores was computed; the attention has to be, by then."""
+        origin = self.capture.origin(lse)
+        if origin is None or self.capture.outputs(origin) is not lse:
+            raise Rejected(Reason.OPAQUE, f"'{lse.name}' is inside of an operation of the graph")
+        for x in (spec.q, spec.k, spec.v):
+            if self.capture.find(x.node, origin) is None:
+                what = f"'{lse.name}' is their log-sum-exp, and is used before there is a '{x.node.name}'"
+                raise Rejected(Reason.SCORES_USED, what)
+        return origin
 
     def _check_grad_mode(self, place: Node, interior: tuple[Node, ...]) -> None:
         """The gradient of the fused attention is that of the user's only if all of it is under one grad mode."""
@@ -314,8 +328,9 @@ def is_one(size: Any) -> bool:
 _AS_WRITTEN = (Empty.AS_WRITTEN, Empty.RAISED)
 
 
-def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, tuple[str, str, str]]:
-    """The attention's result as [B, Hq, Sq, Dv], and the formulas of its bias, mask and score, "" for none."""
+def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, Node | None, tuple[str, str, str]]:
+    """The attention's result as [B, Hq, Sq, Dv], the log-sum-exp of its scores as [B, Hq, Sq, 1], if these have a use,
+    and the formulas of its bias, mask and score, "" for none."""
     if plan.empty is Empty.AS_WRITTEN and emit.trains:
         _check_gradients(spec)
     q, k, v = (emit.operand(x) for x in (spec.q, spec.k, spec.v))
@@ -330,14 +345,15 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, t
     # Where a row is empty, what a bias makes of it depends on every term of the user's sum. (In a call of SDPA, its
     # gradients do: the log-sum-exp of a row that is -1e9 all along has no room for the number of its keys.)
     whole = biased and (not exact or (spec.is_sdpa and emit.trains and config.empty_rows == "exact"))
-    whole = whole or (biased and emit.trains and spec.sinks is not None)  # (nor of one that is 1e9)
+    has_sinks = spec.sinks is not None or spec.row_sinks is not None
+    whole = whole or (biased and emit.trains and has_sinks)  # (nor of one that is 1e9)
     by_window = all(t.window is not None for t in spec.terms)
-    texts = ("", "", "")
+    texts, row_lse = ("", "", ""), None
     if plan.target == "sdpa":
         by_window = by_window and _is_plain(spec.mask)
         bias = mask = row_seen = absorbed = None
         if not by_window:
-            q, bias, mask, row_seen, absorbed = _shape_scores(emit, spec, plan, q, spec.terms, whole)
+            q, bias, mask, row_seen, absorbed, _ = _shape_scores(emit, spec, plan, q, spec.terms, whole)
         if absorbed is not None:
             q, k = _absorbing(emit, spec, q, k, absorbed, plan.empty is Empty.RAISED)
         if bias is not None and mask is not None:
@@ -360,7 +376,7 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, t
         as_tensors = spec.terms if whole else tuple(t for t in spec.terms if t.window is None)
         as_tensors, formulas = _formulas(emit, spec.score, as_tensors, fake_value(q).device, whole)
         texts = formulas[:3] or texts
-        q, bias, mask, row_seen, absorbed = _shape_scores(emit, spec, plan, q, as_tensors, whole)
+        q, bias, mask, row_seen, absorbed, lift = _shape_scores(emit, spec, plan, q, as_tensors, whole)
         softcap = spec.softcap
         if absorbed is not None:
             formulas, softcap = _absorbing_formulas(emit, spec, formulas, absorbed, plan.empty is Empty.RAISED), None
@@ -393,12 +409,19 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, t
             options = (softcap, sinks, seed, spec.dropout_p, in_order, *formulas)
             pair = emit.call(torch.ops.fa3.attention.default, q, k, v, *shaping, *options)
         out = emit.call(operator.getitem, pair, 0)
-        if not exact and not biased:
+        if spec.lse or spec.row_sinks is not None or (not exact and not biased):
             lse = emit.call("unsqueeze", emit.call(operator.getitem, pair, 1), -1)
-            row_seen = emit.call(operator.ne, lse, -math.inf)  # NaN has seen something
-    if row_seen is None or plan.empty in (Empty.IMPOSSIBLE, Empty.ZERO):
-        return out, texts
-    return _with_empty_rows(emit, spec, plan, out, (q, k, v), row_seen, scale), texts
+            row_lse = lse if lift is None else _lifted_back(emit, lse, lift)
+            if not exact and not biased:
+                row_seen = emit.call(operator.ne, lse, -math.inf)  # NaN has seen something
+        if spec.row_sinks is not None:
+            dtype = fake_value(out).dtype
+            above = emit.call(operator.sub, row_lse, emit.call("float", emit.operand(spec.row_sinks)))
+            share = emit.call("sigmoid", above)  # of the keys in the sum of all weights
+            out = emit.call("to", emit.call(operator.mul, emit.call("float", out), share), dtype)
+    if row_seen is not None and plan.empty not in (Empty.IMPOSSIBLE, Empty.ZERO):
+        out = _with_empty_rows(emit, spec, plan, out, (q, k, v), row_seen, scale)
+    return out, row_lse, texts
 
 
 def _weighed(emit: _Emitter, x: Node, factors: tuple[Weighing, ...]) -> Node:
@@ -518,14 +541,16 @@ def _window_edge(emit: _Emitter, spec: AttentionSpec, edge: sympy.Expr | None, s
 
 
 class _Shaped(NamedTuple):
-    """What shapes the scores: one sum, one condition (True: visible), which queries see a key (``row_seen``), and of
-    which the sum leaves nothing of the scores, though these have a gradient (``absorbed``)."""
+    """What shapes the scores: one sum, one condition (True: visible), which queries see a key (``row_seen``), of which
+    the sum leaves nothing of the scores, though these have a gradient (``absorbed``), and what is missing to a row's
+    sums (``lift``)."""
 
     q: Node
     bias: Node | None
     mask: Node | None
     row_seen: Node | None
     absorbed: Node | None = None
+    lift: Node | None = None
 
 
 def _shape_scores(
@@ -585,7 +610,20 @@ def _shape_scores(
     bias = emit.call(operator.sub, bias, lift)
     if spec.sinks is not None:
         bias = emit.call(operator.add, bias, emit.call(torch.where, is_far, _FAR, 0.0))
-    return _Shaped(q, _as_mask_dtype(emit, spec, plan, bias, q), mask, row_seen, absorbed)
+    return _Shaped(q, _as_mask_dtype(emit, spec, plan, bias, q), mask, row_seen, absorbed, lift)
+
+
+def _lifted_back(emit: _Emitter, lse: Node, lift: Node) -> Node:
+    """The log-sum-exp of rows that were lifted."""
+    row_lse = emit.call(operator.add, lse, lift)
+    if not emit.trains:
+        return row_lse
+    # Far from zero it has no room for the number of keys, whose gradients eager then does not divide by it.
+    seen = emit.call("masked_fill", lse, emit.call(operator.eq, lse, -math.inf), 0.0)
+    room = emit.call(operator.sub, emit.call(operator.add, seen, lift), lift)
+    lost = emit.call("detach", emit.call(torch.expm1, emit.call(operator.sub, seen, room)))
+    more = emit.call(operator.mul, seen, lost)
+    return emit.call(operator.add, row_lse, emit.call(operator.sub, more, emit.call("detach", more)))
 
 
 def _absorbs(term: Term) -> bool:
@@ -730,8 +768,8 @@ def _uniform_gradient(emit: _Emitter, q: Node, k: Node, v: Node, mean: Node, sca
 # --------------------------------------------------------------------------------------------- the result
 
 
-def _restore(emit: _Emitter, out: Node, spec: AttentionSpec) -> Node:
-    """From [B, H, Sq, Dv] to the axes of the user's own product."""
+def _restore(emit: _Emitter, out: Node, spec: AttentionSpec, result: Node, axes: tuple[tuple[str, ...], ...]) -> Node:
+    """From [B, H, Sq, Dv] to the axes and the dtype of what the user's code has there."""
     names: list[str] = []
     position = 0
     for axis in (spec.batch, spec.heads):
@@ -746,18 +784,20 @@ def _restore(emit: _Emitter, out: Node, spec: AttentionSpec) -> Node:
         names += [n for n, _ in axis]
         position += len(axis)
     names += ["q", "d"]
-    wanted = [n for axis in spec.result_axes for n in axis]
-    if "q" not in wanted:
-        out = emit.call("select", out, names.index("q"), 0)
-        names.remove("q")
+    wanted = [n for axis in axes for n in axis]
+    for name in [n for n in names if n not in wanted]:  # of size 1
+        out = emit.call("select", out, names.index(name), 0)
+        names.remove(name)
     order = [names.index(n) for n in wanted]
     if order != sorted(order):
         out = emit.call("permute", out, *order)
-    for i, axis in reversed(list(enumerate(spec.result_axes))):
-        if len(axis) > 1:
-            start = sum(len(a) for a in spec.result_axes[:i])
+    for i, axis in reversed(list(enumerate(axes))):
+        start = sum(len(a) for a in axes[:i])
+        if not axis:
+            out = emit.call("unsqueeze", out, start)
+        elif len(axis) > 1:
             out = emit.call("flatten", out, start, start + len(axis) - 1)
-    expected = spec.result.meta["val"].dtype
+    expected = result.meta["val"].dtype
     return out if fake_value(out).dtype == expected else emit.call("to", out, expected)
 
 

@@ -13,9 +13,9 @@ BLOCK = 32  # rows of a program
 
 @triton.jit
 def statistics_kernel(
-    out_ptr, dout_ptr, lse_ptr, scaled_ptr, delta_ptr, sums_ptr, counts_ptr, out_batch, out_head, out_row, out_unit,
-    dout_batch, dout_head, dout_row, lse_batch, lse_head, lse_row, lse_scale, heads, seqlen, padded, head_dim_v,
-    sums_heads, sums_rows, head_dim, n_counts,
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, scaled_ptr, delta_ptr, sums_ptr, counts_ptr, out_batch, out_head, out_row,
+    out_unit, dout_batch, dout_head, dout_row, lse_batch, lse_head, lse_row, dlse_batch, dlse_head, dlse_row, lse_scale,
+    heads, seqlen, padded, head_dim_v, sums_heads, sums_rows, head_dim, n_counts,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program for each block of ROWS rows, with those that only pad the sequence.
@@ -41,6 +41,10 @@ def statistics_kernel(
     )  # fmt: skip
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     lse = tl.load(lse_ptr + batch * lse_batch + head * lse_head + row.to(tl.int64) * lse_row, mask=there, other=0)
+    if dlse_ptr is not None:
+        dlse_at = dlse_ptr + batch * dlse_batch + head * dlse_head + row.to(tl.int64) * dlse_row
+        dlse = tl.load(dlse_at, mask=there, other=0)
+        delta -= tl.where(lse == float("-inf"), 0.0, dlse)
     # exp2(score - inf) = 0: rows that see no key, and those past the end.
     scaled = lse * lse_scale
     scaled = tl.where(there & (scaled != float("-inf")), scaled, float("inf"))
@@ -54,15 +58,16 @@ def statistics_kernel(
 
 
 def statistics_arguments(
-    out: Tensor, dout: Tensor, lse: Tensor, scaled: Tensor, delta: Tensor, sums: Tensor, counts: Tensor,
-    lse_scale: float,
+    out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, scaled: Tensor, delta: Tensor, sums: Tensor,
+    counts: Tensor, lse_scale: float,
 ) -> tuple[tuple[int, int, int], tuple]:  # fmt: skip
     """The grid and the arguments of the kernel.
 
     Args:
-        out, dout: [B, Hq, Sq, Dv], dout's Dv contiguous; lse: [B, Hq, Sq] float32, natural logarithms.
+        out, dout: [B, Hq, Sq, Dv], dout's Dv contiguous; lse: [B, Hq, Sq] float32, natural logarithms; dlse: its
+            gradient, if it has one.
         scaled, delta: float32, contiguous, [B, Hq, Sq padded to a multiple of BLOCK]: lse times lse_scale, +inf where a
-            row sees nothing or is not there, and the sum of dO * O.
+            row sees nothing or is not there, and the sum of dO * O, less dlse where a row sees something.
         sums: float32, contiguous, [B * Hq at most, Sq or Sq padded, any width], and counts: int32, no more than there
             are programs: are set to 0.
     """
@@ -71,8 +76,9 @@ def statistics_arguments(
     sums_heads, sums_rows, head_dim = sums.shape
     columns = triton.next_power_of_2(max(head_dim, head_dim_v))
     return (batch * heads * (padded // BLOCK), 1, 1), (
-        out, dout, lse, scaled, delta, sums, counts, *out.stride(), *dout.stride()[:3], *lse.stride(), lse_scale,
-        heads, seqlen, padded, head_dim_v, sums_heads, sums_rows, head_dim, counts.numel(), BLOCK, columns,
+        out, dout, lse, dlse, scaled, delta, sums, counts, *out.stride(), *dout.stride()[:3], *lse.stride(),
+        *((0, 0, 0) if dlse is None else dlse.stride()), lse_scale, heads, seqlen, padded, head_dim_v, sums_heads,
+        sums_rows, head_dim, counts.numel(), BLOCK, columns,
     )  # fmt: skip
 
 

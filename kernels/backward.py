@@ -78,9 +78,9 @@ def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, out: Tensor, lse: Tensor,
     *, scale: float, window_left: int | None = None, window_right: int | None = None, softcap: float | None = None,
     bias_grad: bool = False, seed: Tensor | None = None, dropout_p: float = 0.0, formulas: Formulas = NO_FORMULAS,
-    deterministic: bool = False,
+    deterministic: bool = False, dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Gradients of `attention_forward`'s out, on a Hopper GPU.
+    """Gradients of what `attention_forward` returns, on a Hopper GPU.
 
     Args:
         dout: [B, Hq, Sq, Dv], of q's dtype; out and lse: what `attention_forward` returned, lse with the sink in it if
@@ -88,6 +88,7 @@ def attention_backward(
         bias_grad: whether bias has a gradient. Then a 16-bit number is stored for every score.
         deterministic: sum up dq in one order, so that equal arguments give equal bits. Then no tile that a mask hides
             is skipped.
+        dlse: float32 [B, Hq, Sq], if lse has a gradient.
 
     The others are those of `attention_forward`, and what it says of them holds here.
 
@@ -106,14 +107,14 @@ def attention_backward(
     key = (
         *map(key_of, (dout, q, k, v, out, lse)), scale, window_left, window_right, softcap, bias_grad,
         None if bias is None else key_of(bias), None if mask is None else key_of(mask),
-        None if seed is None else (key_of(seed), dropout_p), formulas.key(),
-        deterministic,
+        None if seed is None else (key_of(seed), dropout_p), formulas.key(), deterministic,
+        None if dlse is None else key_of(dlse),
     )  # fmt: skip
     call = _calls.get(key)
     if call is None or call.device != torch.cuda.current_device():
         options = dict(
             scale=scale, window_left=window_left, window_right=window_right, softcap=softcap, bias_grad=bias_grad,
-            seed=seed, dropout_p=dropout_p, formulas=formulas, deterministic=deterministic,
+            seed=seed, dropout_p=dropout_p, formulas=formulas, deterministic=deterministic, dlse=dlse,
         )  # fmt: skip
         with torch.cuda.device(q.device):
             check(q, k, v, scale)
@@ -121,6 +122,8 @@ def attention_backward(
                 raise ValueError(f"dout {list(dout.shape)}, out {list(out.shape)}, lse {list(lse.shape)} do not fit")
             if not (dout.dtype == out.dtype == q.dtype and lse.dtype == torch.float32):
                 raise ValueError(f"dout and out are {q.dtype}, lse float32, not {dout.dtype}, {out.dtype}, {lse.dtype}")
+            if dlse is not None and (dlse.shape, dlse.dtype) != (lse.shape, lse.dtype):
+                raise ValueError(f"dlse is float32 {list(lse.shape)}, not {dlse.dtype} {list(dlse.shape)}")
             if not all(map(is_addressable, (dout, q, k, v))):
                 dout, q, k, v = map(addressable, (dout, q, k, v))
                 return attention_backward(dout, q, k, v, bias, mask, out, lse, **options)
@@ -140,7 +143,8 @@ def attention_backward(
         at = rows.data_ptr()
         statistics = at, at + 4 * rows[0].numel()
         counted = sums.data_ptr(), counts.data_ptr()
-        call.find_statistics(stream, *(x.data_ptr() for x in (out, dout, lse)), *statistics, *counted)
+        rest = (x.data_ptr() for x in (out, dout, lse, *(() if dlse is None else (dlse,))))
+        call.find_statistics(stream, *rest, *statistics, *counted)
         if call.find_ranges is not None:
             call.find_ranges(stream, *mask_addresses(mask, formulas), ranges.data_ptr())
         more = (dscores, ranges, bias, *formulas.tables, mask, seed, turns, counts)
@@ -208,7 +212,7 @@ def _by_key(q, k, mask, formulas) -> tuple:
 
 def _prepare(
     dout, q, k, v, bias, mask, out, lse, *, scale, window_left, window_right, softcap, bias_grad, seed, dropout_p,
-    formulas, deterministic,
+    formulas, deterministic, dlse,
 ) -> _Call:  # fmt: skip
     # Tensors of our own: two of them may be one now and not at the next call.
     dout, q, k, v, out, lse = (x.detach() for x in (dout, q, k, v, out, lse))
@@ -221,10 +225,10 @@ def _prepare(
         return _Call(None, None, None, None, tile, work.slots, q.get_device())
     lse2, delta = rows
     lse_scale = _LOG2E if _is_capped(softcap, formulas) else 1 / scale
-    grid, args = statistics_arguments(out, dout, lse, lse2, delta, sums, counts, lse_scale)
-    find_statistics = launch.prepare(
-        statistics_kernel, grid, args, (out, dout, lse, lse2, delta, sums, counts), {"num_warps": 4}
-    )
+    dlse = None if dlse is None else dlse.detach()
+    grid, args = statistics_arguments(out, dout, lse, dlse, lse2, delta, sums, counts, lse_scale)
+    tensors = tuple(x for x in (out, dout, lse, dlse, lse2, delta, sums, counts) if x is not None)
+    find_statistics = launch.prepare(statistics_kernel, grid, args, tensors, {"num_warps": 4})
     find_ranges = None
     if ranges is not None:
         shape, whole, axes = _by_key(q, k, mask, formulas)

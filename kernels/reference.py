@@ -87,11 +87,13 @@ def attention_backward_reference(
     kept: Tensor | None = None,
     keep_scale: float = 1.0,
     formulas: Formulas = NO_FORMULAS,
+    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of `attention_reference`'s `out` (without sinks), recomputing the weights from `lse`.
+    """Gradients of `attention_reference`'s `out` and `lse` (without sinks), recomputing the weights from `lse`.
 
     Args:
-        dout, out: [B, Hq, Sq, Dv]; lse: [B, Hq, Sq]; the rest as in `attention_reference`.
+        dout, out: [B, Hq, Sq, Dv]; lse and dlse, if lse has a gradient: [B, Hq, Sq]; the rest as in
+            `attention_reference`.
 
     Returns:
         dq, dk, dv in the shapes and dtypes of q, k, v, and dbias in bias's (None without a bias): summed over the
@@ -101,6 +103,8 @@ def attention_backward_reference(
     weights = torch.exp(scores - lse.to(scores.dtype).unsqueeze(-1)).masked_fill(scores == float("-inf"), 0.0)
     grad = dout.to(scores.dtype)
     delta = (grad * out.to(scores.dtype)).sum(dim=-1, keepdim=True)
+    if dlse is not None:
+        delta = delta - dlse.masked_fill(lse == float("-inf"), 0.0).to(scores.dtype).unsqueeze(-1)
     dweights = grad @ _per_query_head(v, q).to(scores.dtype).mT
     if kept is not None:
         dweights = dweights * kept * keep_scale

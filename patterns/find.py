@@ -22,7 +22,7 @@ from .products import as_product, is_product
 from .reasons import Reason
 from .respelled import respell
 from .scores import Added, Factor, Function, Hidden, NotScores, Scores, read_scores, visible_where
-from .spec import AttentionSpec, Empty, Rejected, Term, TermKind, Weighing, Weighs
+from .spec import AttentionSpec, Empty, LogSumExp, Rejected, Term, TermKind, Weighing, Weighs
 from .terms import empty_beside_sink, hides_by_infinity, read_sink, read_terms
 from .written import EMPTY_ROWS, Written, put_together
 
@@ -274,6 +274,7 @@ class _View:
 
     result_index: Index
     k: sympy.Expr
+    at: Index  # of the softmax
     scores: Scores
     q_node: Node
     q_index: Index
@@ -355,7 +356,7 @@ class _Reading:
             raise Rejected(Reason.LAYOUT, "both or neither operand of the score product run over the keys")
         q, key = (b, a) if in_a else (a, b)
         row = at[self.dim - 1] if self.dim else ZERO
-        return _View(tuple(index), k, scores, *q, *key, v_node, v_index, row, column, tuple(zeroed), tuple(weighed))
+        return _View(tuple(index), k, at, scores, *q, *key, v_node, v_index, row, column, tuple(zeroed), tuple(weighed))
 
     def name_axes(self, view: _View, splits: dict[sympy.Symbol, sympy.Expr]) -> list[tuple[str, ...]]:
         """Give the axes of the result their roles: "q", "d" and, for the rest in order, "b", "h", "h2", …"""
@@ -458,10 +459,17 @@ class _Reading:
         if empty is Empty.NAN_SHOWN:
             ((at, kind),) = zeroed
             shown = side_operand(space, at.node, at.index, roles), kind
-        sinks = None
+        sinks = row_sinks = None
         if view.scores.sink is not None:
             sinks = read_sink(self.algebra, view.scores.sink, roles)
+            if sinks is None:
+                row_sinks = side_operand(space, *view.scores.sink, roles)
             empty = empty_beside_sink(self.algebra, view.scores.terms, empty)
+        lse, casts = (), ()
+        if view.scores.sink is None and not view.scores.shifted:
+            lse, casts = self._log_sum_exps(view, names)
+        if lse and empty in (Empty.MEAN, Empty.MEAN_SCORES):
+            empty = Empty.AS_WRITTEN  # what hides all of a row is all of its log-sum-exp
         if empty in (Empty.MEAN, Empty.MEAN_SCORES) and self.weights.dropout_p:
             empty = Empty.AS_WRITTEN  # the mean would have to be dropped out as well
         words = [*view.scores.words, "softmax", *self.weights.words, str(packet(product)).partition(".")[2]]
@@ -495,10 +503,52 @@ class _Reading:
             out_factors=out_factors,
             shown=shown,
             sinks=sinks,
+            row_sinks=row_sinks,
+            lse=lse,
             float8=float8,
             not_float8=not_float8,
         )
-        return Found(self.softmax, spec, None, (*nodes, *self.weights.nodes, product), _leaks_of(nodes, self.softmax))
+        interior = (*nodes, *casts, *(x.node for x in lse), *self.weights.nodes, product)
+        return Found(self.softmax, spec, None, interior, _leaks_of(nodes, self.softmax))
+
+    def _log_sum_exps(
+        self, view: _View, names: list[tuple[str, ...]]
+    ) -> tuple[tuple[LogSumExp, ...], tuple[Node, ...]]:
+        """What takes the log-sum-exp of the scores that the softmax takes, and casts in front of it alone."""
+        axes = self._named_axes(view.at, [n for axis in names for n in axis if n != "d"])
+        if axes is None:
+            return (), ()
+        scores, casts = self.softmax.args[0], (aten._to_copy, aten.to)
+        while packet(scores) in casts and not any(map(self._is_log_sum_exp, users_of(scores))):
+            scores = scores.args[0]
+        found, between = [], []
+        for user in users_of(scores):
+            is_cast = packet(user) in casts and tensor(user).dtype.is_floating_point
+            users = users_of(user) if is_cast else [user]
+            if users and all(map(self._is_log_sum_exp, users)):
+                found += users
+                between += [user] * is_cast
+        return tuple(
+            LogSumExp(x, (*axes[: self.dim], *[("d",)] * argument(x, 2, "keepdim", False), *axes[self.dim + 1 :]))
+            for x in found
+        ), tuple(between)
+
+    def _is_log_sum_exp(self, node: Node) -> bool:
+        return packet(node) is aten.logsumexp and [d % rank(node.args[0]) for d in node.args[1]] == [self.dim]
+
+    def _named_axes(self, at: Index, names: list[str]) -> list[tuple[str, ...]] | None:
+        """Over which of the named axes each axis of the softmax but the keys' runs."""
+        symbols = {name: self.space.symbol(name, self.sizes[name]) for name in names}
+        axes = []
+        for entry in (e if i != self.dim else ZERO for i, e in enumerate(at)):
+            axis = tuple(name for name in names if symbols[name] in entry.free_symbols)
+            linear: sympy.Expr = ZERO
+            for name in axis:
+                linear = linear * self.sizes[name] + symbols[name]
+            if sympy.expand(linear - entry) != 0:
+                return None
+            axes.append(axis)
+        return axes
 
 
 def _function_of(view: _View) -> tuple[Function | None, sympy.Expr, sympy.Expr | None, tuple[Factor, ...]]:

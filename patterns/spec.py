@@ -137,6 +137,17 @@ Weighing = tuple[Operand | float, Weighs]
 
 
 @dataclasses.dataclass(frozen=True)
+class LogSumExp:
+    """A node that is the log-sum-exp of the scores, and its axes as `AttentionSpec.result_axes` has the result's.
+
+    One of size 1 that is the scores' keys is ("d",), any other of size 1 may be ().
+    """
+
+    node: Node
+    axes: tuple[tuple[str, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionSpec:
     """One attention. Shapes: q [B, Hq, Sq, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv]; the result is [B, Hq, Sq, Dv].
 
@@ -175,6 +186,8 @@ class AttentionSpec:
     float8: Float8 | None = None
     not_float8: str = ""  # why it is None although one of the operands is in 8 bits
     sinks: Operand | float | None = None  # [Hq] or all the same: one more score in every row, which has no value
+    row_sinks: Operand | None = None  # likewise, but not the same for all rows of a head; only one of the two
+    lse: tuple[LogSumExp, ...] = ()
 
     @property
     def batch_size(self) -> sympy.Expr:

@@ -244,8 +244,8 @@ def _added_empty(algebra: Algebra, term: Added) -> Empty | None:
     return None
 
 
-def read_sink(algebra: Algebra, sink: tuple[Node, Index] | sympy.Expr, roles: Roles) -> Operand | float:
-    """The sinks as a tensor over the heads, or as the one number that they all are."""
+def read_sink(algebra: Algebra, sink: tuple[Node, Index] | sympy.Expr, roles: Roles) -> Operand | float | None:
+    """The sinks as a tensor over the heads, or as the one number that they all are; None if they are neither."""
     value = algebra.value(*sink) if isinstance(sink, tuple) else sink
     if isinstance(value, sympy.Expr) and value.is_number and value.is_finite:
         return float(value)
@@ -264,7 +264,7 @@ def read_sink(algebra: Algebra, sink: tuple[Node, Index] | sympy.Expr, roles: Ro
             break
         is_wider = packet(node) in (aten._to_copy, aten.to) and widens(node)
         step = (node.args[0], index) if is_wider else layout_step(algebra.space, node, index)
-    raise Rejected(Reason.LAYOUT, f"'{sink[0].name}', joined to the scores, is not one number for each head")
+    return None
 
 
 # What is below this has no weight beside a sink, which is a parameter of usual size.

@@ -130,10 +130,6 @@ def test_sdpa_has_none():
     assert (site.status, site.reason) == ("rejected", Reason.SCORE_OP) and "sinks" in site.detail
 
 
-def sink_of_queries(q, k, v, sinks):
-    return torch.cat([q @ k.mT, q.sum(-1, keepdim=True)], -1).softmax(-1)[..., :-1] @ v
-
-
 def two_sinks(q, k, v, sinks):
     return torch.cat([q @ k.mT, column(sinks, q), column(sinks, q)], -1).softmax(-1)[..., :-2] @ v
 
@@ -235,7 +231,6 @@ LEFT_ALONE = {  # and the reason, None if it is not taken for an attention
     padded_by_two: Reason.SCORE_OP,
     padded_by_infinity: Reason.SCORE_OP,
     padded_and_used: Reason.SCORE_OP,
-    sink_of_queries: Reason.LAYOUT,
     two_sinks: Reason.SCORE_OP,
     wide_sink: Reason.SCORE_OP,
     last_key_dropped: Reason.SOFTMAX_DIM,

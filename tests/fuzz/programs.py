@@ -674,12 +674,13 @@ OPERATIONS = (
 
 def join_sink(w: Writer, s: str) -> None:
     h, axes = w.sizes["h"], w.frame.scores
-    kind = w.pick("learned", "number", "padded")
+    kind = w.pick("learned", "number", "padded", "of a row")
     column = [1 if a == "k" else w.sizes[a] for a in axes]
     if kind == "padded" and axes[-1] == "k":
         w.set(s, f"F.pad({s}, (0, 1))")
-    elif kind == "learned" and "h" in axes:
-        sink = w.align(w.input("sink", f"torch.randn({h})"), "h")
+    elif kind in ("learned", "of a row") and "h" in axes and "q" in axes:
+        of = "h" if kind == "learned" else w.pick("q", "hq", "bq")
+        sink = w.align(w.input("sink", f"torch.randn({h})") if of == "h" else w.randn("sink", of), of)
         w.set(s, f"torch.cat([{s}, {sink}.expand({', '.join(map(str, column))}).to({s}.dtype)], dim={w.dim})")
     else:
         w.set(s, f"torch.cat([{s}, torch.full(({', '.join(map(str, column))},), 0.5, dtype={s}.dtype)], dim={w.dim})")
@@ -866,9 +867,17 @@ def by_hand(w: Writer) -> Program:
         join_sink(w, s)
         if w.chance(40):
             subtract_maximum(w, s)
+    lse = ""
+    if w.chance(8):
+        lse = w.let("lse", f"torch.logsumexp({s}{w.pick('', '.float()')}, {w.dim}{w.pick('', ', keepdim=True')})")
     weights = softmax(w, s, v)
     after_softmax(w, weights, v, s)
     out = value_product(w, weights, v)
+    if lse and w.frame.scores.endswith("qk") and w.frame.out == w.frame.scores[:-1] + "e" and w.chance(70):
+        share = w.let("share", f"torch.sigmoid({lse}.view({w.dims(w.frame.scores[:-1])}, 1) - 0.3)")
+        w.set(out, w.pick(f"{out} * {share}.to({out}.dtype)", f"({out} * {share}).to({out}.dtype)"))
+    elif lse:
+        w.set(out, f"{out} + torch.tanh({lse}).sum().to({out}.dtype)")
     if not w.sink and w.chance(8):  # of the same scores
         second = w.let("weights", f"torch.softmax({s} * 0.5, dim={w.dim}).to({v}.dtype)")
         second = value_product(w, second, v)

@@ -216,6 +216,38 @@ def test_gradient_of_sinks():
         assert_as_good(ours, baseline, want, factor=2.0, size=1e-1)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize("both", [False, True])
+def test_gradient_of_lse(head_dim, has_sinks, both):
+    """Alone, and beside that of out; some rows see nothing."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(2, 4, 300, head_dim, device="cuda", dtype=torch.bfloat16) for _ in "qkv"]
+    leaves = [x.requires_grad_() for x in (*leaves, *[torch.randn(4, device="cuda")] * has_sinks)]
+    double = [x.detach().double().requires_grad_() for x in leaves]
+    results = torch.ops.fa3.attention(
+        *leaves[:3], None, None, 0.1, None, -3, "hopper", None, leaves[3] if has_sinks else None
+    )
+    dout, dlse = torch.randn_like(results[0]), torch.randn(300, 2, 4, device="cuda").permute(1, 2, 0)
+
+    def plain(q, k, v, *sinks):
+        scores = (q @ k.mT * 0.1).masked_fill(torch.ones(300, 300, device="cuda").triu(-2) > 0, -math.inf)
+        column = (x.to(q.dtype).view(1, -1, 1, 1).expand(2, -1, 300, 1) for x in sinks)
+        joined = torch.cat([scores, *column], -1)[:, :, 0 if sinks else 3 :]
+        out, lse = joined.softmax(-1)[..., :300] @ v, joined.float().logsumexp(-1)
+        return out, lse.double() if q.dtype == torch.float64 else lse
+
+    def gradients(out, lse, x):
+        rows = out.shape[2]
+        outputs, grads = [lse, out][: 1 + both], [dlse[:, :, -rows:], dout[:, :, -rows:]][: 1 + both]
+        grads = [grad.to(output.dtype) for grad, output in zip(grads, outputs)]
+        return torch.autograd.grad(outputs, x, grads, materialize_grads=True)
+
+    baseline, exact = gradients(*plain(*leaves), leaves), gradients(*plain(*double), double)
+    for ours, theirs, want in zip(gradients(*results, leaves), baseline, exact):
+        assert_as_good(ours, theirs, want, factor=2.0, size=1.0)
+
+
 def test_in_a_cuda_graph():
     q, k, v, dout = (torch.randn(2, 4, 1000, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     out, lse = attention_forward(q, k, v, scale=0.1, window_right=0)

@@ -37,7 +37,7 @@ def poisoned(*shape):
     return whole[1000:-1000].view(shape), whole
 
 
-def wrong_statistics(seqlen, head_dim, head_dim_v, dtype, extra, out_layout, dout_layout, lse_layout):
+def wrong_statistics(seqlen, head_dim, head_dim_v, dtype, extra, out_layout, dout_layout, lse_layout, dlse_layout):
     """What the kernel makes wrong. `extra`: rows of dQ's sums that pad the sequence, and columns."""
     from fa3_inductor.kernels.around import statistics_arguments, statistics_kernel
 
@@ -50,12 +50,15 @@ def wrong_statistics(seqlen, head_dim, head_dim_v, dtype, extra, out_layout, dou
     # Those of some heads in turn, or those of all.
     sums, around_sums = poisoned(4 if extra else BATCH * HEADS, padded if extra else seqlen, head_dim + extra)
     counts, around_counts = poisoned(BATCH * HEADS)
-    grid, args = statistics_arguments(out, dout, lse, *rows, sums, counts, 1.7)
+    dlse = None if dlse_layout is None else LSES[dlse_layout](BATCH, HEADS, seqlen)
+    grid, args = statistics_arguments(out, dout, lse, dlse, *rows, sums, counts, 1.7)
     statistics_kernel[grid](*args)
     wanted = torch.full_like(rows, math.inf)
     wanted[0, ..., :seqlen] = torch.where(lse == -math.inf, math.inf, lse * 1.7)
     wanted[1] = 0
     wanted[1, ..., :seqlen] = (out.double() * dout.double()).sum(-1)
+    if dlse is not None:
+        wanted[1, ..., :seqlen] -= torch.where(lse == -math.inf, 0, dlse)
     if not torch.allclose(rows[0], wanted[0]):
         yield "scaled"
     if not torch.allclose(rows[1], wanted[1], atol=1e-4) or rows[1, ..., seqlen:].any():
@@ -89,9 +92,9 @@ def cases():
     for (n, seqlen), (head_dim, head_dim_v) in itertools.product(enumerate(SEQLENS), HEAD_DIMS):
         dtype, extra = next(dtypes), 64 * (n % 2)
         sizes = seqlen, head_dim, head_dim_v, dtype, extra
-        yield sizes, wrong_statistics(*sizes, "heads inside", "contiguous", "contiguous")
+        yield sizes, wrong_statistics(*sizes, "heads inside", "contiguous", "contiguous", None)
         yield sizes, wrong_finish(seqlen, head_dim, dtype, extra, "contiguous")
-    for layouts in itertools.product(OUTS, DOUTS, LSES):
+    for layouts in itertools.product(OUTS, DOUTS, LSES, LSES):
         yield layouts, wrong_statistics(33, 40, 40, next(dtypes), 0, *layouts)
     yield "heads inside", wrong_finish(33, 40, next(dtypes), 0, "heads inside")
 

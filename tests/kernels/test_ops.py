@@ -60,6 +60,7 @@ def test_opcheck_backward(extra, bias_grad):
     out, lse = attention(q, k, v, bias, mask, *rest)
     args = (torch.randn_like(out), q, k, v, bias, mask, out, lse, *rest, bias_grad and bias is not None)
     torch.library.opcheck(torch.ops.fa3.attention_backward.default, args)
+    torch.library.opcheck(torch.ops.fa3.attention_backward.default, args, dict(dlse=torch.randn_like(lse)))
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
@@ -70,21 +71,25 @@ def test_gradients_are_those_of_the_reference(extra):
     expected, expected_lse = attention_reference(*leaves, bias, mask, scale=scale, window_left=left, window_right=right)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse)
-    assert not lse.requires_grad
     if bias is not None:
         leaves.append(bias)
     # Both in one go: autograd through the reference's own arithmetic, and through the op's formula.
-    dout = torch.randn_like(out)
-    keep = expected_lse.isfinite().unsqueeze(-1)
-    wanted = torch.autograd.grad(expected.where(keep, 0.0), leaves, dout)
-    for got, want in zip(torch.autograd.grad(out, leaves, dout), wanted):
-        torch.testing.assert_close(got, want)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    keep = expected_lse.isfinite()
+    expected, expected_lse = expected.where(keep.unsqueeze(-1), 0.0), expected_lse.where(keep, 0.0)
+    given = {"out": ((out, expected, dout),), "lse": ((lse, expected_lse, dlse),)}
+    for name in ("out", "lse", "both"):
+        ours, theirs, grads = zip(*given.get(name, given["out"] + given["lse"]))
+        wanted = torch.autograd.grad(theirs, leaves, grads, retain_graph=True, materialize_grads=True)
+        got = torch.autograd.grad(ours, leaves, grads, retain_graph=True)
+        for x, want in zip(got, wanted):
+            torch.testing.assert_close(x, want)
 
 
 def test_gradcheck():
     leaves = qkv(b=1, hq=2, hkv=1, sq=5, sk=4, d=3, dtype=torch.float64)
     bias = torch.randn(1, 2, 1, 4, dtype=torch.float64, requires_grad=True)
-    f = lambda q, k, v, b: attention(q, k, v, b, None, 0.5, None, 1, "reference")[0]  # noqa: E731
+    f = lambda q, k, v, b: attention(q, k, v, b, None, 0.5, None, 1, "reference")  # noqa: E731
     torch.autograd.gradcheck(f, (*leaves, bias))
 
 

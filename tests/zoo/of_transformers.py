@@ -104,6 +104,9 @@ def build_model(model: str, config: Any, implementation: str | None) -> nn.Modul
     return cls(config) if implementation is None else cls._from_config(config, attn_implementation=implementation)
 
 
+_CLASSES = set(dir(transformers))
+
+
 def add(
     name: str,
     model: str,
@@ -118,8 +121,10 @@ def add(
     """Registers class ``model`` of transformers for every implementation of its attention and each of ``inputs``.
 
     ``inputs`` make the arguments; where there are several, the name says which. ``trains`` and ``fused`` are those of
-    :class:`Model`; ``settings`` are those of ``config``.
+    :class:`Model`; ``settings`` are those of ``config``. A class of a later transformers is left out.
     """
+    if model not in _CLASSES:
+        return
     for implementation in implementations:
         for make in inputs:
             full_name = f"transformers/{name}/{implementation or 'only'}" + f":{make.__name__}" * (len(inputs) > 1)
@@ -175,6 +180,8 @@ add("olmo2", "Olmo2ForCausalLM", "Olmo2Config", 2, lm, **GROUPED)
 add("olmoe", "OlmoeForCausalLM", "OlmoeConfig", 2, lm, implementations=EAGER)
 add("cohere", "CohereForCausalLM", "CohereConfig", 2, lm, **GROUPED)
 add("gpt-oss-sinks", "GptOssForCausalLM", "GptOssConfig", 2, lm, lm_padded, implementations=EAGER, **GPT_OSS)
+add("granite-swa-sinks", "GraniteSWAForCausalLM", "GraniteSWAConfig", 2, lm, lm_padded, implementations=EAGER)
+add("inkling2-row-sinks", "Inkling2ForCausalLM", "Inkling2TextConfig", 6, lm, lm_padded, implementations=EAGER)
 add(
     "deepseek-v3-latent",
     "DeepseekV3ForCausalLM",
