@@ -5,6 +5,7 @@ unbounded. Causal is ``window_right = 0``; causal aligned to the last key is ``w
 """
 
 import dataclasses
+import functools
 
 import sympy
 from sympy.logic.boolalg import Boolean
@@ -59,6 +60,10 @@ def prove(space: Space, condition: Boolean, axes: Axes) -> Mask:
             if part == FALSE:
                 return Mask(None, None, (), nothing_visible=True)
         bounds = _window_bounds(part, axes)
+        if bounds is None and isinstance(part, sympy.Or):  # |q - k| <= n, written out
+            ranges = _ranges(part, axes)
+            if ranges is not None and len(ranges) == 1:
+                bounds = tuple(None if edge.is_infinite else edge for edge in (-ranges[0][0], ranges[0][1]))
         if bounds is None:
             rest.append(part)
             continue
@@ -132,6 +137,40 @@ def _window_bounds(condition: Boolean, axes: Axes) -> tuple[sympy.Expr | None, s
     if isinstance(condition, sympy.Eq):
         return constant, -constant
     return None
+
+
+_Range = tuple[sympy.Expr, sympy.Expr]  # both ends are in it
+
+
+def _ranges(condition: Boolean, axes: Axes) -> list[_Range] | None:
+    """The ranges of k - q in which a condition holds, apart and in order; None if it is about more than that number."""
+    if isinstance(condition, (sympy.And, sympy.Or)):
+        parts = [_ranges(part, axes) for part in condition.args]
+        if any(part is None for part in parts):
+            return None
+        return _united(sum(parts, [])) if isinstance(condition, sympy.Or) else functools.reduce(_common, parts)
+    if isinstance(condition, sympy.Ne):
+        equal = _ranges(sympy.Eq(*condition.args), axes)
+        return equal and [(-sympy.oo, equal[0][0] - 1), (equal[0][1] + 1, sympy.oo)]
+    bounds = _window_bounds(condition, axes)
+    if bounds is None or not all(edge is None or edge.is_Integer for edge in bounds):
+        return None
+    left, right = bounds
+    return [(-sympy.oo if left is None else -left, sympy.oo if right is None else right)]
+
+
+def _common(a: list[_Range], b: list[_Range]) -> list[_Range]:
+    both = [(max(low, other), min(high, top)) for low, high in a for other, top in b]
+    return [(low, high) for low, high in both if low <= high]
+
+
+def _united(ranges: list[_Range]) -> list[_Range]:
+    united: list[_Range] = []
+    for low, high in sorted(ranges):
+        if united and low <= united[-1][1] + 1:
+            low, high = united[-1][0], max(high, united.pop()[1])
+        united.append((low, high))
+    return united
 
 
 def _tightest(bounds: list[sympy.Expr]) -> sympy.Expr | None:

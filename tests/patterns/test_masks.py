@@ -51,6 +51,45 @@ def test_random_window(seed):
         assert visible(mask, q, k) == bool(condition.xreplace(where))
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_random_ranges_of_the_distance(seed):
+    """Any and, or and not of relations between q and k: a window if it is one, whatever it is written as."""
+    rng = random.Random(seed)
+    sizes = (rng.randint(2, 6), rng.randint(2, 6))
+    space = Space()
+    axes = axes_of(space, *sizes)
+
+    def drawn(depth):
+        if depth == 0 or rng.random() < 0.2:
+            kind = rng.choice((sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt, sympy.Eq, sympy.Ne))
+            return kind(rng.choice((1, -1)) * (axes.k - axes.q), rng.randint(-4, 4))
+        kind = rng.choice((sympy.And, sympy.Or, lambda a, b: sympy.Not(sympy.And(a, b))))
+        return kind(drawn(depth - 1), drawn(depth - 1))
+
+    condition = sympy.Or(drawn(2), drawn(2))
+    mask = prove(space, condition, axes)
+    for (q, k), where in everywhere((axes.q, axes.k), sizes):
+        rest = all(bool(part.xreplace(where)) for part in mask.rest)
+        assert (visible(mask, q, k) and rest) == bool(condition.xreplace(where))
+
+
+@pytest.mark.parametrize(
+    "condition, window",
+    [
+        (sympy.Or(sympy.And(K < Q, Q - K <= 2), sympy.And(K >= Q, K - Q <= 2)), (2, 2)),  # |q - k| <= 2
+        (sympy.Or(sympy.And(Q >= K, Q - K < 3), sympy.And(Q < K, K - Q < 5)), (2, 4)),
+        (sympy.Or(K <= Q - 2, sympy.And(K >= Q - 1, K <= Q)), (None, 0)),
+    ],
+)
+def test_ranges_that_are_one(condition, window):
+    assert prove(SPACE, condition, AXES) == Mask(*(None if x is None else sympy.Integer(x) for x in window), ())
+
+
+@pytest.mark.parametrize("condition", [sympy.Or(K < Q - 1, K > Q + 1), sympy.Or(K < Q, sympy.And(K >= Q, PADDING))])
+def test_ranges_that_are_not(condition):
+    assert prove(SPACE, condition, AXES) == Mask(None, None, (condition,))
+
+
 def test_equality_is_a_window():
     assert prove(SPACE, sympy.Eq(K - Q - 2, 0), AXES) == Mask(sympy.Integer(-2), sympy.Integer(2), ())
 
