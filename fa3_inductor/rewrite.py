@@ -140,11 +140,15 @@ def _try(found: Found, captured: Capture, splicer: Splicer) -> Site:
 
 def _splice(found: Found, splicer: Splicer, fp8: str) -> Plan:
     """Plans an attention and puts it in place; in 16 bits if what it was dequantised from is no longer there."""
-    chosen = plan(found.spec, config.target, config.empty_rows == "relaxed", splicer.trains, fp8)
+    plans = tuple(
+        plan(spec, config.target, config.empty_rows == "relaxed", splicer.trains, fp8)
+        for spec in (found.spec, *found.spec.plus)
+    )
+    chosen = plans[0]
     try:
-        formulas = splicer.splice(found.spec, chosen, found.interior, bool(found.leaks))
+        formulas = splicer.splice(found.spec, plans, found.interior, bool(found.leaks))
     except Rejected as rejection:
-        if chosen.fp8 != "graph":
+        if all(x.fp8 != "graph" for x in plans):
             raise
         chosen = _splice(found, splicer, "off")
         return dataclasses.replace(chosen, why=f"not on the FP8 kernel: {rejection.detail}")

@@ -44,9 +44,11 @@ class Splicer:
         self.trains = wants_gradient and any(captured.grad_modes.values())
 
     def splice(
-        self, spec: AttentionSpec, plan: Plan, interior: tuple[Node, ...], is_shared: bool
+        self, spec: AttentionSpec, plans: tuple[Plan, ...], interior: tuple[Node, ...], is_shared: bool
     ) -> tuple[str, str, str]:
-        """Compute ``spec`` by ``plan`` where its result was computed. Returns the formulas of its bias, mask and score.
+        """Compute ``spec``, and what is added to it, where its result was computed, each by its plan.
+
+        Returns the formulas of its bias, mask and score.
 
         What is left without a use of the ``interior`` goes, writes in place included, unless it ``is_shared``: others
         may read what was written.
@@ -58,7 +60,7 @@ class Splicer:
         if place is None:
             raise Rejected(Reason.OPAQUE, f"'{spec.result.name}' comes from no operation of the graph")
         of_lse = [self._place_of_lse(spec, x.node) for x in spec.lse]
-        if spec.is_sdpa and plan.target == "sdpa" and not _simplifies(spec):
+        if spec.is_sdpa and plans[0].target == "sdpa" and not _simplifies(spec):
             return "", "", ""
         if place.kwargs.get("out") is not None:
             raise Rejected(Reason.OPAQUE, f"'{place.name}' writes its result into a tensor of the user's (out=)")
@@ -67,8 +69,9 @@ class Splicer:
         if emit.trains:
             self._check_grad_mode(place, interior)
         try:
-            out, lse, formulas = _attention(emit, spec, plan)
-            out = _restore(emit, _weighed(emit, out, spec.out_factors), spec, spec.result, spec.result_axes)
+            out, lse, formulas = self._computed(emit, spec, plans[0])
+            for other, plan in zip(spec.plus, plans[1:], strict=True):
+                out = emit.call(operator.add, out, self._computed(emit, other, plan)[0])
             if emit.trains and self.capture.is_written_after(place, place):
                 out = emit.call("clone", out)  # a product does not keep its result for the backward; an attention does
             values[spec.result] = out
@@ -82,6 +85,12 @@ class Splicer:
         if not is_shared:
             self._removed.update(n for value in interior for n in self.capture.held_by(value))
         return formulas
+
+    def _computed(
+        self, emit: "_Emitter", spec: AttentionSpec, plan: Plan
+    ) -> tuple[Node, Node | None, tuple[str, str, str]]:
+        out, *more = _attention(emit, spec, plan)
+        return _restore(emit, _weighed(emit, out, spec.out_factors), spec, spec.result, spec.result_axes), *more
 
     def _place_of_lse(self, spec: AttentionSpec, lse: Node) -> Node:
         """Where the log-sum-exp of the scores was computed; the attention has to be, by then."""
@@ -264,12 +273,12 @@ class _Emitter:
         if len(shape) == 4 and all(g in ((i,), ()) for i, g in enumerate(operand.groups)):
             if all(g or is_one(shape[i]) for i, g in enumerate(operand.groups)):
                 return x
-        axes = list(range(len(shape)))
+        axes, places = list(range(len(shape))), dict(operand.places)
         members = [a for group in operand.groups for a in group]
         wanted = [a for a in members if not isinstance(a, Repeat)]
         for axis in reversed(range(len(shape))):
             if axis not in wanted:
-                x = self.call("select", x, axis, 0)
+                x = self.call("select", x, axis, places.get(axis, 0))
                 axes.remove(axis)
         order = [axes.index(a) for a in wanted]
         if order != sorted(order):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -50,10 +51,11 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class _Leak:
-    """``node``, a score, is read by ``user``, which does not belong to the attention."""
+    """``node``, a score or a weight, is read by ``user``, which does not belong to the attention."""
 
     node: Node
     user: Node
+    reason: Reason
 
 
 def find_attention(graph: Graph, algebra: Algebra) -> list[Found]:
@@ -63,26 +65,43 @@ def find_attention(graph: Graph, algebra: Algebra) -> list[Found]:
     put_together(graph)
     while True:
         try:
-            found = [x for node in graph.nodes if (x := _read(algebra, node)) is not None]
+            found = _read_all(graph, algebra)
         except _Specialised:
             algebra.forget()
         else:
             return _without_leaks(found)
 
 
-def _read(algebra: Algebra, node: Node) -> Found | None:
-    kind = packet(node)
+def _read_all(graph: Graph, algebra: Algebra) -> list[Found]:
+    found: list[Found | None] = []
+    sums: dict[Node, list[tuple[Node, _Weights]]] = {}  # product -> softmaxes whose weights are added up for it
+    for node in graph.nodes:
+        if packet(node) is aten.scaled_dot_product_attention:
+            found += _guarded(node, lambda node: [_read_sdpa(algebra, node)])
+        elif packet(node) in _SOFTMAX:
+            for x in _guarded(node, functools.partial(_ways_down, algebra)):
+                if isinstance(x, Found):
+                    found.append(x)
+                elif x.is_sum:
+                    sums.setdefault(x.product, []).append((node, x))
+                else:
+                    found += _guarded(node, functools.partial(_read_weights, algebra, weights=x))
+    for ways in sums.values():
+        found += _guarded(ways[0][0], lambda _, ways=ways: [_read_sum(algebra, ways)])
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    return sorted(found, key=lambda x: order[x.anchor])
+
+
+def _guarded(node: Node, read: Callable[[Node], list]) -> list:
     try:
-        if kind is aten.scaled_dot_product_attention:
-            return _read_sdpa(algebra, node)
-        return _read_softmax(algebra, node) if kind in _SOFTMAX else None
+        return read(node)
     except Rejected as rejection:
-        return Found(node, None, rejection)
+        return [Found(node, None, rejection)]
     except _Specialised:
         raise
     except Exception as error:
         log.warning("'%s' was not understood: %s", node.name, error, exc_info=True)
-        return Found(node, None, Rejected(Reason.INTERNAL, f"{type(error).__name__}: {error}"))
+        return [Found(node, None, Rejected(Reason.INTERNAL, f"{type(error).__name__}: {error}"))]
 
 
 def _without_leaks(found: list[Found]) -> list[Found]:
@@ -102,7 +121,7 @@ def _checked(found: Found, inside: set[Node]) -> Found:
     for leak in found.leaks:
         if leak.user not in inside:
             what = "returned" if leak.user.op == "output" else f"used by '{leak.user.name}' ({leak.user.target})"
-            return Found(found.anchor, None, Rejected(Reason.SCORES_USED, f"'{leak.node.name}' is {what}"))
+            return Found(found.anchor, None, Rejected(leak.reason, f"'{leak.node.name}' is {what}"))
     return found
 
 
@@ -126,7 +145,7 @@ def _static_head_dim(size: int | torch.SymInt) -> sympy.Expr:
 
 @dataclasses.dataclass(frozen=True)
 class _Weights:
-    """The way from a softmax down to the product with v."""
+    """One way from a softmax down to the product with v."""
 
     product: Node
     operand: int
@@ -134,14 +153,20 @@ class _Weights:
     dropout_p: float
     words: tuple[str, ...]
 
+    @property
+    def is_sum(self) -> bool:
+        """Whether they are added to other ones on the way."""
+        return any(packet(node) in _SUMS for node in self.nodes)
 
-def _walk_down(algebra: Algebra, softmax: Node) -> _Weights | None:
-    """From the softmax through casts, dropout and layout to a product. None if no product follows: no attention."""
+
+def _walk_down(algebra: Algebra, softmax: Node) -> list[_Weights]:
+    """From the softmax through casts, dropout and layout to products. None if no product follows: no attention."""
     keeps_weights = functools.partial(_keeps_weights, algebra)
-    nodes, dropout_p, words = [softmax], 0.0, []
     others: list[Node] = []
-    node = softmax
-    while True:
+    found: list[_Weights] = []
+    pending: list[tuple[Node, ...]] = [(softmax,)]
+    while pending:
+        *_, node = nodes = pending.pop(0)
         users = users_of(node)
         onward = [u for u in users if _leads_to_product(u, node, keeps_weights)]
         if not onward:
@@ -149,12 +174,35 @@ def _walk_down(algebra: Algebra, softmax: Node) -> _Weights | None:
                 if _leads_to_product(u, node, _keeps_shape):
                     what = "a detach or a hook" if packet(u) is aten.detach else str(u.target)
                     raise Rejected(Reason.WEIGHTS_OP, f"'{u.name}' ({what})")
-            return None
-        others += [u for u in users if u is not onward[0]]
-        node, previous = onward[0], node
-        if is_product(node):
-            break
-        nodes.append(node)
+            return []
+        others += [u for u in users if u not in onward]
+        for user in onward:
+            if not is_product(user):
+                pending.append((*nodes, user))
+                continue
+            operands = _product_operands(user)
+            if sum(x is node for x in operands) != 1:
+                raise Rejected(Reason.LAYOUT, f"'{user.name}' multiplies the weights with themselves")
+            found.append(_Weights(user, list(operands).index(node), nodes, *_dropout_and_words(nodes)))
+        if len(pending) + len(found) > _MOST_WAYS:
+            raise Rejected(Reason.WEIGHTS_USED, f"there are more than {_MOST_WAYS} ways to products")
+    if others:
+        what = (
+            "returned" if any(u.op == "output" for u in others) else f"used by '{others[0].name}' ({others[0].target})"
+        )
+        raise Rejected(Reason.WEIGHTS_USED, f"they are {what}")
+    if len(found) > 1 and any(x.dropout_p for x in found):
+        raise Rejected(Reason.WEIGHTS_USED, f"they are used by '{found[1].product.name}' too, dropped out alike")
+    return found
+
+
+_MOST_WAYS = 8
+
+
+def _dropout_and_words(nodes: tuple[Node, ...]) -> tuple[float, tuple[str, ...]]:
+    """The dropout on the way from a softmax, and what to say of it."""
+    dropout_p, words = 0.0, []
+    for node in nodes:
         if packet(node) in (aten.dropout, aten.native_dropout):
             p, training = node.args[1], argument(node, 2, "train", True)
             if isinstance(p, Node):
@@ -166,15 +214,7 @@ def _walk_down(algebra: Algebra, softmax: Node) -> _Weights | None:
                 words.append("dropout")
         elif packet(node) is aten.nan_to_num:
             words.append("nan_to_num")
-    operands = _product_operands(node)
-    if others:
-        what = (
-            "returned" if any(u.op == "output" for u in others) else f"used by '{others[0].name}' ({others[0].target})"
-        )
-        raise Rejected(Reason.WEIGHTS_USED, f"they are {what}")
-    if sum(x is previous for x in operands) != 1:
-        raise Rejected(Reason.LAYOUT, f"'{node.name}' multiplies the weights with themselves")
-    return _Weights(node, list(operands).index(previous), tuple(nodes), dropout_p, tuple(words))
+    return dropout_p, tuple(words)
 
 
 def _product_operands(node: Node) -> tuple[Node, ...]:
@@ -198,10 +238,12 @@ def _keeps_shape(node: Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape in shapes
 
 
-_WEIGHT_OPS = (aten._to_copy, aten.to, aten.type_as, aten.dropout, aten.slice)
+_WEIGHT_OPS = (aten._to_copy, aten.to, aten.type_as, aten.dropout, aten.slice, aten.select)
+_WEIGHT_OPS += (aten.unbind, aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split)
 
 
 _WEIGHING = (aten.masked_fill, aten.where, aten.mul, aten.div)
+_SUMS = (aten.add, aten.sub)
 
 
 def _keeps_weights(algebra: Algebra, node: Node) -> bool:
@@ -213,7 +255,13 @@ def _keeps_weights(algebra: Algebra, node: Node) -> bool:
         return _zeroing(algebra, node) is not None
     if packet(node) in _WEIGHING[2:]:
         return node.args[0] is not node.args[1] and node.kwargs.get("rounding_mode") is None
-    return packet(node) in _WEIGHT_OPS + LAYOUT_OPS
+    if packet(node) in _SUMS:
+        return argument(node, 2, "alpha", 1) == 1 and all(_is_alike(x, node) for x in node.args[:2])
+    return node.target is operator.getitem or packet(node) in _WEIGHT_OPS + LAYOUT_OPS
+
+
+def _is_alike(x: Any, node: Node) -> bool:
+    return isinstance(x, Node) and isinstance(x.meta.get("val"), torch.Tensor) and tensor(x).shape == tensor(node).shape
 
 
 def _zeroing(algebra: Algebra, node: Node) -> tuple[Node, bool] | None:
@@ -231,13 +279,33 @@ def _is_zero(algebra: Algebra, x: Any) -> bool:
     return algebra.value(x, tuple(algebra.space.symbol(f"z{i}", size) for i, size in enumerate(sizes))) == 0
 
 
-def _read_softmax(algebra: Algebra, softmax: Node) -> Found | None:
+def _ways_down(algebra: Algebra, softmax: Node) -> list[_Weights]:
+    return _walk_down(algebra, softmax) if _has_scores(algebra, softmax) else []
+
+
+def _read_sum(algebra: Algebra, ways: list[tuple[Node, _Weights]]) -> Found:
+    """A product with weights that are sums of softmaxes: the sum of as many attentions."""
+    summands = {node for _, weights in ways for node in weights.nodes}
+    for node in summands:
+        for x in node.args[:2] if packet(node) in _SUMS else ():
+            if x not in summands:
+                raise Rejected(Reason.WEIGHTS_OP, f"'{node.name}' ({node.target}) adds '{x.name}' to them")
+    if any(weights.dropout_p for _, weights in ways):
+        raise Rejected(Reason.WEIGHTS_OP, "they are added up, and dropped out alike")
+    if any(packet(node) in (aten.masked_fill, aten.where, aten.nan_to_num) for node in summands):
+        raise Rejected(Reason.WEIGHTS_OP, "they are added up, and some are replaced")
+    parts = [x for softmax, weights in ways for x in _read_weights(algebra, softmax, weights)]
+    first, *others = (x.spec for x in parts)
+    if any(spec.lse for spec in (first, *others)):
+        raise Rejected(Reason.SCORES_USED, "the log-sum-exp of some that are added up")
+    spec = dataclasses.replace(first, form=f"{first.form} · sum of {len(parts)}", plus=tuple(others))
+    interior = tuple(dict.fromkeys(node for x in parts for node in x.interior))
+    leaks = tuple(leak for x in parts for leak in x.leaks if leak.user not in interior)
+    return Found(first.anchor, spec, None, interior, leaks)
+
+
+def _read_weights(algebra: Algebra, softmax: Node, weights: _Weights) -> list[Found]:
     space = algebra.space
-    if not _has_scores(algebra, softmax):
-        return None
-    weights = _walk_down(algebra, softmax)
-    if weights is None:
-        return None
     dim = argument(softmax, 1, "dim") % rank(softmax)
     reading = _Reading(algebra, softmax, weights, dim)
     plain = [(f"o{i}",) for i in range(rank(weights.product))]
@@ -245,7 +313,7 @@ def _read_softmax(algebra: Algebra, softmax: Node) -> Found | None:
     splits = _splits(space, first)
     names = reading.name_axes(first, splits)
     final = reading.at(names, "k")
-    return reading.found(final, names)
+    return [reading.found(final, names)]
 
 
 def _has_scores(algebra: Algebra, softmax: Node) -> bool:
@@ -318,9 +386,19 @@ class _Reading:
         node, at = sides[self.weights.operand]
         v_node, v_index = sides[1 - self.weights.operand]
         zeroed, weighed = [], []
-        for source, expected in reversed(list(zip(self.weights.nodes, self.weights.nodes[1:]))):
+        way = [
+            x for x in self.weights.nodes if isinstance(x.meta["val"], torch.Tensor)
+        ]  # (not what getitem takes apart)
+        for source, expected in reversed(list(zip(way, way[1:]))):
             if node is not expected:
                 raise Rejected(Reason.LAYOUT, f"'{node.name}' stands between the weights and the values")
+            if packet(node) in _SUMS:
+                if packet(node) is aten.sub and node.args[1] is source:
+                    weighed.append(Factor(-1, (), False))
+                if node.args[0] is node.args[1]:
+                    raise Rejected(Reason.WEIGHTS_OP, f"'{node.name}' ({node.target})")
+                node = source
+                continue
             found = _zeroing(self.algebra, node) if packet(node) in (aten.masked_fill, aten.where) else None
             if packet(node) in _WEIGHING and tensor(node).shape != tensor(source).shape:
                 raise Rejected(Reason.WEIGHTS_OP, f"'{node.name}' ({node.target})")
@@ -509,7 +587,8 @@ class _Reading:
             not_float8=not_float8,
         )
         interior = (*nodes, *casts, *(x.node for x in lse), *self.weights.nodes, product)
-        return Found(self.softmax, spec, None, interior, _leaks_of(nodes, self.softmax))
+        leaks = (*_leaks_of(nodes, self.softmax), *_leaks_of_weights(self.weights))
+        return Found(self.softmax, spec, None, interior, leaks)
 
     def _log_sum_exps(
         self, view: _View, names: list[tuple[str, ...]]
@@ -713,12 +792,20 @@ def _leaks_of(nodes: tuple[Node, ...], softmax: Node) -> tuple[_Leak, ...]:
     """Where others than the chain itself use its scores."""
     chain = {*nodes, softmax}
     return tuple(
-        _Leak(node, user)
+        _Leak(node, user, Reason.SCORES_USED)
         for node in nodes
         for user in users_of(node)
         if user not in chain
         and not (packet(user) is aten.type_as and user.args[0] is not node)  # asks for the dtype alone
         and not _reads_no_value(user)
+    )
+
+
+def _leaks_of_weights(weights: _Weights) -> tuple[_Leak, ...]:
+    """Where another product uses its weights."""
+    way = {*weights.nodes, weights.product}
+    return tuple(
+        _Leak(node, user, Reason.WEIGHTS_USED) for node in weights.nodes for user in users_of(node) if user not in way
     )
 
 

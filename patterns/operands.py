@@ -143,8 +143,12 @@ class Roles:
         grouped: tuple[int, ...] | None = None
         shape = shape_exprs(tensor(node))
         axes = [part for axis in zip(index, shape, strict=True) for part in self._parts(*axis)]
+        places: list[tuple[int, int]] = []
         for position, (entry, size) in enumerate(axes):
             if entry == 0:
+                continue
+            if entry.is_Integer and len(axes) > len(shape):  # of the heads that are one axis, every second, say
+                places.append((position, int(entry)))
                 continue
             digit = _digit(entry, size, position) if repeats and entry.free_symbols <= {row, column} else None
             if digit is not None:
@@ -162,7 +166,7 @@ class Roles:
         if batch is None or heads is None or rows is None or columns is None or positions:
             return None
         view = tuple(size for _, size in axes)
-        return Operand(node, (batch, heads, rows, columns), None if len(view) == len(shape) else view)
+        return Operand(node, (batch, heads, rows, columns), None if len(view) == len(shape) else view, tuple(places))
 
     def whole(self, node: Node, index: Index, row: sympy.Expr, column: sympy.Expr) -> Operand | None:
         """`group`, if ``node`` has the row and the column axis, and is not the same all along one."""
@@ -173,8 +177,20 @@ class Roles:
         return operand if has_both else None
 
     def _parts(self, entry: sympy.Expr, size: sympy.Expr) -> list[tuple[sympy.Expr, sympy.Expr]]:
-        """The (index, size) of each batch and head axis that an axis is made of, if of several whole ones."""
+        """The (index, size) of each batch and head axis that an axis is made of, if of several whole ones.
+
+        Or of one, and of a position among those that an axis of numbers is cut into.
+        """
         named = [(self.space.symbol(n, s), s) for n, s in (*self.batch, *self.heads) if s not in (0, 1)]
+        for symbol, extent in named:
+            step, place = entry.coeff(symbol, 1), entry.coeff(symbol, 0)
+            is_digit = step.is_Integer and place.is_Integer and 0 <= place < step and step > 1
+            if (
+                is_digit
+                and sympy.expand(step * symbol + place - entry) == 0
+                and sympy.expand(step * extent - size) == 0
+            ):
+                return [(symbol, extent), (place, step)]
         for start in range(len(named)):
             linear, count = ZERO, ONE
             for stop in range(start, len(named)):

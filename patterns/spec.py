@@ -39,11 +39,13 @@ class Operand:
     an axis of size one. Axes of ``node`` in no group have size one or are read at position 0. Where ``node`` has axes
     in one that belong to several canonical ones (batch and heads in [B * H, S, D]), ``shape`` is what it has to be
     viewed as first, and the axes are those of that view. A mask or bias may lack some of the axes of a group.
+    ``places`` are the (axis, position) of axes in no group that are read elsewhere.
     """
 
     node: Node
     groups: tuple[tuple[int | Repeat, ...], ...]
     shape: tuple[sympy.Expr, ...] | None = None
+    places: tuple[tuple[int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +190,7 @@ class AttentionSpec:
     sinks: Operand | float | None = None  # [Hq] or all the same: one more score in every row, which has no value
     row_sinks: Operand | None = None  # likewise, but not the same for all rows of a head; only one of the two
     lse: tuple[LogSumExp, ...] = ()
+    plus: "tuple[AttentionSpec, ...]" = ()  # whose results are added to this one's, to be the ``result`` of all of them
 
     @property
     def batch_size(self) -> sympy.Expr:
