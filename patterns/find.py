@@ -160,7 +160,7 @@ class _Weights:
 
 
 def _walk_down(algebra: Algebra, softmax: Node) -> list[_Weights]:
-    """From the softmax through casts, dropout and layout to products. None if no product follows: no attention."""
+    """From the softmax through casts, dropout, layout and sums to products. If none follows, it is no attention."""
     keeps_weights = functools.partial(_keeps_weights, algebra)
     others: list[Node] = []
     found: list[_Weights] = []

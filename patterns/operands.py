@@ -184,13 +184,14 @@ class Roles:
         named = [(self.space.symbol(n, s), s) for n, s in (*self.batch, *self.heads) if s not in (0, 1)]
         for symbol, extent in named:
             step, place = entry.coeff(symbol, 1), entry.coeff(symbol, 0)
-            is_digit = step.is_Integer and place.is_Integer and 0 <= place < step and step > 1
-            if (
-                is_digit
-                and sympy.expand(step * symbol + place - entry) == 0
-                and sympy.expand(step * extent - size) == 0
-            ):
+            if not (step.is_Integer and place.is_Integer and place >= 0 and entry == step * symbol + place):
+                continue
+            if 1 < step > place and sympy.expand(step * extent - size) == 0:
                 return [(symbol, extent), (place, step)]
+            if step == 1 and extent.is_Integer and size.is_Integer and size > extent and size % extent == 0:
+                number, rest = divmod(place, extent)
+                if rest == 0:
+                    return [(number, size / extent), (symbol, extent)]
         for start in range(len(named)):
             linear, count = ZERO, ONE
             for stop in range(start, len(named)):

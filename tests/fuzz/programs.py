@@ -872,7 +872,14 @@ def by_hand(w: Writer) -> Program:
         lse = w.let("lse", f"torch.logsumexp({s}{w.pick('', '.float()')}, {w.dim}{w.pick('', ', keepdim=True')})")
     weights = softmax(w, s, v)
     after_softmax(w, weights, v, s)
+    if not w.sink and w.chance(6):  # weights of the same scores, or of others
+        other = w.pick(f"{s} * 0.5", f"{s}.abs()", f"torch.where({s} > 0, {s}, 0.0)")
+        other = w.let("weights", f"torch.softmax({other}, dim={w.dim}).to({v}.dtype)")
+        w.set(weights, w.pick(f"{weights} - 0.3 * {other}", f"{other} + {weights}", f"({weights} - {other}) * 0.5"))
     out = value_product(w, weights, v)
+    if w.chance(6):
+        values = w.let("values", f"{v} * 2.0")
+        out = w.let("out", f"{out} - {value_product(w, weights, values)}")
     if lse and w.frame.scores.endswith("qk") and w.frame.out == w.frame.scores[:-1] + "e" and w.chance(70):
         share = w.let("share", f"torch.sigmoid({lse}.view({w.dims(w.frame.scores[:-1])}, 1) - 0.3)")
         w.set(out, w.pick(f"{out} * {share}.to({out}.dtype)", f"({out} * {share}).to({out}.dtype)"))

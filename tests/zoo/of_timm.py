@@ -46,6 +46,11 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads
 add("vit", "vit_base_patch16_224", 2, **TINY)
 add("vit-qk-norm", "vit_base_patch16_224", 2, **TINY, qk_norm=True)
 add("eva-rope", "eva02_tiny_patch14_224", 2, **TINY)
+# Weights of two heads are subtracted in front of the values. ("Fused", each head is an attention of its own.)
+add("differential", "vit_dwee_patch16_reg1_gap_256", None, **TINY)
+# Cosine attention with a learned temperature.
+add("swinv2", "swinv2_tiny_window8_256", 4, spellings=ONE, image=64, img_size=64, window_size=4, embed_dim=32,
+    depths=(2, 2), num_heads=(2, 4))  # fmt: skip
 # Talking heads, and attention of the class token.
 add("cait", "cait_xxs24_224", 4, fused=2, **TINY)
 # Attention in blocks and on grids, with a bias by relative position.
