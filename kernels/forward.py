@@ -44,6 +44,7 @@ class Tile:
 ROWS = ROWS_OF_A_CONSUMER.value
 CLUSTER = cluster.CLUSTER.value
 STAGES = 2  # K tiles, and V tiles, in shared memory
+SHARED_BYTES = 226 << 10  # of shared memory that a CTA has for tiles; the rest of 227 KB is for barriers
 MAX_HEAD_DIM = 256
 
 # Rows are (largest head_dim, largest head_dim_v, full, windowed): the first that is large enough. Measured on an H100
@@ -417,11 +418,13 @@ def launch_arguments(
     kv_heads, seqlen_k, head_dim_v = v.shape[1:]
     left, right = clipped(window_left, window_right, seqlen_q, seqlen_k)
     windowed = left is not None or right is not None
-    score_functions, ranges, operands = score_arguments(
-        bias, mask, softcap, (batch, q_heads, seqlen_q, seqlen_k), ranges, formulas
-    )
     with_terms = has_terms(bias, mask, None, formulas) or seed is not None  # a soft cap alone needs few registers
     tile = tile or tile_for(head_dim, head_dim_v, windowed, seqlen_q, with_terms)
+    is_alike = parts(head_dim)[: len(parts(head_dim_v))] == parts(head_dim_v)
+    score_functions, ranges, operands, shares_bias = score_arguments(
+        bias, mask, softcap, (batch, q_heads, seqlen_q, seqlen_k), ranges, formulas,
+        _has_room_for_bias(tile, head_dim, head_dim_v, is_alike or split is not None),
+    )  # fmt: skip
     ctas, m_tiles, order = schedule(
         batch * q_heads, seqlen_q, seqlen_k, left, right, tile.consumers * ROWS, tile.block_n, sm_count, q.device
     )
@@ -429,16 +432,33 @@ def launch_arguments(
     if split is not None:
         tiles *= split.shape[2]
         ctas, order = min(tiles, sm_count or multiprocessors(q.device)), None
-    shared_o = tile.shared_o and parts(head_dim)[: len(parts(head_dim_v))] == parts(head_dim_v)
+    shared_o = (tile.shared_o or shares_bias) and is_alike
+    of_bias = _bias_tiles(operands[0][0], tile.block_n) if shares_bias else (None, 0, 0)
     return (ctas, 1, 1), (
         *descriptors(q, ROWS, parts(head_dim)), *descriptors(k, tile.block_n, parts(head_dim)),
         *descriptors(v, tile.block_n, parts(head_dim_v)), *descriptors(out, ROWS, parts(head_dim_v)),
-        lse, order, sinks, ranges, operands, split, 1 if split is None else split.shape[2],
+        lse, order, sinks, ranges, operands, *of_bias, split, 1 if split is None else split.shape[2],
         tiles, m_tiles, q_heads, q_heads // kv_heads, seqlen_q, seqlen_k, left or 0, right or 0,
         scale * _LOG2E, seed, threshold(dropout_p), keep_scale(dropout_p),
         left is not None, right is not None, *score_functions,
         tile.consumers, STAGES, tile.ping_pong, tile.overlap, shared_o, tile.consumer_regs, tile.producer_regs,
     )  # fmt: skip
+
+
+def _has_room_for_bias(tile: Tile, head_dim: int, head_dim_v: int, shares_o: bool) -> bool:
+    """Whether tiles of a bias in 16 bits fit into shared memory, with as many stages as K's."""
+    width, width_v, rows = sum(parts(head_dim)), sum(parts(head_dim_v)), tile.consumers * ROWS
+    of_rows = rows * (width + (0 if shares_o else width_v) + STAGES * tile.block_n)
+    return 2 * (of_rows + STAGES * tile.block_n * (width + width_v)) <= SHARED_BYTES
+
+
+def _bias_tiles(whole: Tensor, keys: int) -> tuple[TensorDescriptor, int, int]:
+    """A TMA descriptor of a bias, expanded, in blocks of ROWS rows and `keys` keys; whether it has batch and head."""
+    own = whole[tuple(slice(0, 1) if by == 0 else slice(None) for by in whole.stride())]
+    desc = TensorDescriptor(
+        whole, list(own.shape), tma_strides(own), [1, 1, ROWS, keys], shared_layout(ROWS, keys, own.dtype)
+    )
+    return desc, int(whole.stride(0) != 0), int(whole.stride(1) != 0)
 
 
 def plain_arguments(
@@ -483,16 +503,19 @@ def clipped(
 
 def score_arguments(
     bias: Tensor | None, mask: Tensor | None, softcap: float | None, shape: tuple[int, ...], ranges: Tensor | None,
-    formulas: Formulas,
-) -> tuple[tuple, tuple | None, tuple]:  # fmt: skip
-    """What kernels take for scores of `shape`: LOAD to UNIT, the ranges with their strides, and the operands."""
-    program, operands = program_of(bias, mask, softcap, shape, formulas)
+    formulas: Formulas, share_bias: bool = False,
+) -> tuple[tuple, tuple | None, tuple, bool]:  # fmt: skip
+    """What kernels take for scores of `shape`: LOAD to UNIT, the ranges with their strides, and the operands.
+
+    And whether the bias, the first of them, is to come by way of shared memory.
+    """
+    program, operands = program_of(bias, mask, softcap, shape, formulas, share_bias=share_bias)
     load, apply, unit = open_load, open_apply, _ = functions(program)
     if ranges is not None:
         steps = (0 if size == 1 else by // ranges.shape[3] for size, by in zip(ranges.shape[:3], ranges.stride()))
         ranges = ranges, *steps
         open_load, open_apply, _ = functions(program.without_mask())
-    return (load, apply, open_load, open_apply, unit), ranges, operands
+    return (load, apply, open_load, open_apply, unit), ranges, operands, any(term.shared for term in program.terms)
 
 
 def schedule(

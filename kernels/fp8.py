@@ -346,7 +346,7 @@ def launch_arguments(
     kv_heads, seqlen_k = k.shape[1:3]
     head_dim_v = v.shape[2 if turned else 3]
     left, right = forward.clipped(window_left, window_right, seqlen_q, seqlen_k)
-    functions, ranges, operands = forward.score_arguments(
+    functions, ranges, operands, _ = forward.score_arguments(
         bias, mask, softcap, (batch, q_heads, seqlen_q, seqlen_k), ranges, formulas
     )
     ctas, m_tiles, order = forward.schedule(

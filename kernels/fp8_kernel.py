@@ -286,7 +286,7 @@ def _kv_loop(
             tile_scale = scale * k_scale
             ratio = v_before * _reciprocal(v_scale)
         if APPLY is not None:
-            terms = _load_terms(LOAD, operands, place, at * BLOCK_N, window, s_layout, MASKED)
+            terms = _load_terms(LOAD, operands, (), 0, place, at * BLOCK_N, window, s_layout, MASKED)
         s = warpgroup_mma_wait(0, [s])
         _arrive(K_EMPTY + slot, 128 * CONSUMERS + 32)
         if tokens is not None:
@@ -500,7 +500,8 @@ def fp8_kernel(
     work = (order_ptr, tiles, m_tiles, q_heads, group, None, 1)
     window = (seqlen_q, seqlen_k, left, right)
     produce = (
-        q_descs, k_descs, v_descs, q_smem, k_smem, raw_smem, q_full, q_empty, k_full, raw_full, work, window, ranges
+        q_descs, k_descs, v_descs, q_smem, k_smem, raw_smem, q_full, q_empty, k_full, raw_full, work, window, ranges,
+        (),
     )  # fmt: skip
     consume = (
         o_descs, lse_ptr, sinks_ptr, operands, q_smem, o_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full,

@@ -314,6 +314,7 @@ def cases() -> dict[str, functools.partial]:
         ("d256/192-causal", (256, 192, "causal", bf16), {}),
         ("d64-bias", (64, 64, "full", bf16), dict(bias="hqk")),
         ("d128-bias-mask", (128, 128, "causal", bf16), dict(bias="hk", mask="bqk")),
+        ("d128-bias", (128, 128, "causal", bf16), dict(bias="hqk")),
         ("d256-bias", (256, 256, "full", bf16), dict(bias="bhqk")),
         ("d128-key-mask", (128, 128, "causal", bf16), dict(mask="bk")),
         ("d64-mask", (64, 64, "full", bf16), dict(mask="bqk")),

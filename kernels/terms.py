@@ -29,12 +29,14 @@ class ScoreTerm:
     """A tensor applied to the scores: "bias" is added, "mask" hides the keys where it is 0, "table" is in formulas.
 
     `axes` says along which of (batch, head, query, key) it varies. If `aligned`, keys are neighbours in memory and
-    the address and all other strides are multiples of ALIGNED elements, by which they are then counted.
+    the address and all other strides are multiples of ALIGNED elements, by which they are then counted. If `shared`,
+    the kernel brings tiles of it to shared memory.
     """
 
     kind: str
     axes: tuple[bool, bool, bool, bool]
     aligned: bool
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,13 @@ class ScoreProgram:
 
 def program_of(
     bias: Tensor | None, mask: Tensor | None, softcap: float | None, shape: tuple[int, int, int, int],
-    formulas: Formulas = NO_FORMULAS,
+    formulas: Formulas = NO_FORMULAS, *, share_bias: bool = False,
 ) -> tuple[ScoreProgram, tuple]:  # fmt: skip
     """The program for scores of `shape` [B, Hq, Sq, Sk], and the kernel's operands for it, nested as it reads them.
 
     Args:
         bias, mask: broadcastable to `shape`, as are the tables of `formulas`.
+        share_bias: whether the bias comes by way of shared memory, if TMA can bring it.
 
     Raises:
         ValueError: one of them is not.
@@ -86,7 +89,9 @@ def program_of(
         aligned = strides[3] == 1 and not whole.data_ptr() % alignment and not any(s % ALIGNED for s in strides[:3])
         if aligned:
             strides[:3] = (stride // ALIGNED for stride in strides[:3])
-        terms.append(ScoreTerm(kind, tuple(stride != 0 for stride in strides), aligned))
+        axes = tuple(stride != 0 for stride in strides)
+        shared = share_bias and kind == "bias" and aligned and whole.element_size() == 2 and all(axes[2:])
+        terms.append(ScoreTerm(kind, axes, aligned, shared))
         operands.append((whole, *(stride for stride in strides[: 3 if aligned else 4] if stride)))
     return ScoreProgram(softcap, tuple(terms), formulas.bias, formulas.mask, formulas.score), tuple(operands)
 
@@ -175,6 +180,9 @@ def _reading(program: ScoreProgram, backward: bool, numbers: Iterable[int]) -> l
     lines = ["    rows = gl.minimum(rows, seqlen_q - 1)"]
     for n in numbers:
         term = program.terms[n]
+        if term.shared:
+            lines.append(f"    x{n} = operands[{n}][0].load(rows.type.layout.parent)")
+            continue
         index = [f"operands[{n}][{sum(term.axes[:i]) + 1}]" for i in range(4)]
         if term.aligned:  # what Triton knows of a kernel's arguments it does not know of a partition's
             index[:3] = [f"({i} * {ALIGNED})" for i in index[:3]]

@@ -48,7 +48,7 @@ def test_consumers_count_no_more_tiles_than_the_producer_brings(head_dim, seqlen
         k = torch.empty(1, 2, seqlen_k, head_dim, device="meta", dtype=torch.bfloat16)
         lse = torch.empty(1, 2, seqlen_q, device="meta")
         _, args = forward.launch_arguments(q, k, k, q, lse, 1.0, window_left, window_right, sm_count=132)
-        window, (has_left, has_right) = args[19:23], args[27:29]
+        window, (has_left, has_right) = args[22:26], args[30:32]
         assert window[:2] == (seqlen_q, seqlen_k)
         tile = forward.tile_for(head_dim, head_dim, has_left or has_right, seqlen_q)
         rows = 64 * tile.consumers
@@ -96,6 +96,29 @@ def arguments(batch, q_heads, seqlen, head_dim, left=None, right=None, **options
     q = torch.empty(batch, q_heads, seqlen, head_dim, device="meta", dtype=torch.bfloat16)
     lse = torch.empty(batch, q_heads, seqlen, device="meta")
     return forward.launch_arguments(q, q, q, q, lse, 1.0, left, right, sm_count=132, **options)
+
+
+@pytest.mark.parametrize(
+    "head_dim, head_dim_v, kind, shares",
+    [
+        (64, 64, "ordinary", True), (128, 128, "ordinary", True), (256, 256, "ordinary", True),
+        (64, 64, "of one batch and head", True), (64, 64, "float32", False), (64, 64, "odd rows", False),
+        (64, 64, "of keys", False), (96, 128, "ordinary", False), (160, 256, "ordinary", False),
+    ],
+)  # fmt: skip
+def test_which_biases_come_by_way_of_shared_memory(head_dim, head_dim_v, kind, shares):
+    q, v = (torch.empty(2, 4, 1000, d, device="meta", dtype=torch.bfloat16) for d in (head_dim, head_dim_v))
+    bias = torch.empty(2, 4, 1000, 1000, device="meta", dtype=torch.float32 if kind == "float32" else torch.bfloat16)
+    if kind == "odd rows":
+        bias = torch.empty(2, 4, 1000, 1003, device="meta", dtype=torch.bfloat16)[..., :1000]
+    bias = {"of one batch and head": bias[:1, :1], "of keys": bias[:, :, :1]}.get(kind, bias)
+    lse = torch.empty(2, 4, 1000, device="meta")
+    _, args = forward.launch_arguments(q, q, v, torch.empty_like(v), lse, 1.0, bias=bias, sm_count=132)
+    descriptor, by_batch, by_head = args[forward._OPERANDS + 1 :][:3]
+    assert (descriptor is not None) == shares
+    if shares:
+        own = list(bias.shape)
+        assert (descriptor.shape, [by_batch, by_head]) == (own, [int(size > 1) for size in own[:2]])
 
 
 def test_a_list_only_where_tiles_differ():
