@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fa3_inductor.kernels import output_like
-from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas
+from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas, has_bias_inside
 from fa3_inductor.kernels.formulas import check as check_formulas
 from fa3_inductor.kernels.reference import (
     attention_backward_reference,
@@ -78,7 +78,7 @@ def _attention(
     _check(q, k, v, bias, mask, target)
     out, lse = attention_reference(
         q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap,
-        sinks=sinks, formulas=_checked(q, k, formulas), **_dropout(q, k, seed, dropout_p),
+        sinks=sinks, formulas=_checked(q, k, bias, formulas), **_dropout(q, k, seed, dropout_p),
     )  # fmt: skip
     return output_like(q, v.shape[-1]).copy_(out), lse
 
@@ -114,7 +114,7 @@ def _backward(
     grads = *_grads(q, k, v), _dbias(q, bias, bias_grad)
     reference = attention_backward_reference(
         dout, q, k, v, bias, mask, out, lse, scale=scale, window_left=window_left, window_right=window_right,
-        softcap=softcap, formulas=_checked(q, k, formulas), dlse=dlse, **_dropout(q, k, seed, dropout_p),
+        softcap=softcap, formulas=_checked(q, k, bias, formulas), dlse=dlse, **_dropout(q, k, seed, dropout_p),
     )  # fmt: skip
     for grad, value in zip(grads if bias_grad else grads[:3], reference):
         grad.copy_(value)
@@ -206,6 +206,8 @@ def _setup_context(ctx, inputs, output):
         raise NotImplementedError("fa3::attention: the tables of formulas have no gradient")
     out, lse = output
     ctx.bias_grad = bias is not None and ctx.needs_input_grad[3]
+    if ctx.bias_grad and has_bias_inside(_formulas(*formulas)):
+        raise NotImplementedError("fa3::attention: a bias inside the formula of the score has no gradient")
     ctx.sinks_grad = sinks is not None and ctx.needs_input_grad[10]
     ctx.save_for_backward(q, k, v, bias, mask, out, lse, sinks, seed, *tables)
     ctx.set_materialize_grads(False)
@@ -264,9 +266,9 @@ def _formulas(bias: str = "", mask: str = "", score: str = "", *tables: Tensor |
     return Formulas(bias, mask, tuple(x for x in tables if x is not None), score)
 
 
-def _checked(q: Tensor, k: Tensor, formulas: tuple) -> Formulas:
+def _checked(q: Tensor, k: Tensor, bias: Tensor | None, formulas: tuple) -> Formulas:
     checked = _formulas(*formulas)
-    check_formulas(checked, (*q.shape[:3], k.shape[2]))
+    check_formulas(checked, (*q.shape[:3], k.shape[2]), bias)
     return checked
 
 

@@ -134,6 +134,7 @@ def _check(spec: AttentionSpec, tensors: dict[str, torch.Tensor]) -> None:
     beside = [t.operand for t in spec.terms] + [factor for factor, _ in spec.q_factors]
     beside += [factor for factor, _ in (*spec.v_factors, *spec.out_factors) if isinstance(factor, Operand)]
     beside += () if spec.score is None else spec.score.tables
+    beside += () if spec.score is None or spec.score.bias is None else (spec.score.bias,)
     devices |= {x.node.meta["val"].device for x in beside if x.node.meta["val"].ndim}
     if len(devices) > 1:
         raise Rejected(Reason.DEVICE, ", ".join(sorted(map(str, devices))))
@@ -159,7 +160,8 @@ def _check_factors(spec: AttentionSpec, dtype: torch.dtype) -> None:
 def _check_score(spec: AttentionSpec, trains: bool) -> None:
     """Whether a function of the scores can be computed with all that is beside it."""
     biases = [t.operand.node for t in spec.terms if t.kind is TermKind.BIAS and t.window is None]
-    learned = [x.node.name for x in spec.score.tables if passes_gradient_on(x.node)]
+    read = (*spec.score.tables, *(() if spec.score.bias is None else (spec.score.bias,)))
+    learned = [x.node.name for x in read if passes_gradient_on(x.node)]
     if trains and learned:
         what = f"'{learned[0]}', which it is made of, has a gradient"
     elif trains and any(map(may_have_gradient, biases)):

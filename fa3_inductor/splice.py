@@ -387,6 +387,10 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, N
         texts = formulas[:3] or texts
         q, bias, mask, row_seen, absorbed, lift = _shape_scores(emit, spec, plan, q, as_tensors, whole)
         softcap = spec.softcap
+        if spec.score is not None and spec.score.bias is not None:
+            if bias is not None:
+                raise Rejected(spec.no_score.reason, f"{spec.no_score.detail}; a bias beside one inside of that")
+            bias = emit.call("detach", emit.operand(spec.score.bias))
         if absorbed is not None:
             formulas, softcap = _absorbing_formulas(emit, spec, formulas, absorbed, plan.empty is Empty.RAISED), None
         left = right = None

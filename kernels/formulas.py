@@ -4,7 +4,8 @@ becomes of a score.
 A formula is the text of a Python expression. Its names are `q` and `k`, the positions of a query and of a key, both
 integers, and `t0`, `t1`, ...: tables, which are tensors that broadcast to [B, Hq, Sq, Sk] and do not vary along queries
 and keys both. They hold integers or, in real(t0) alone, floating-point numbers. In the formula of a score there is `s`
-besides, the scaled product of the query and the key, a real. There are
+besides, the scaled product of the query and the key, a real, and there may be `b`, the bias, which is not added to what
+comes out then. There are
 
     numbers, and + - * of two integers or two reals, / of two reals, - of one
     a // n and a % n, n being a positive number and the integer a not negative
@@ -71,7 +72,7 @@ def parse(text: str) -> ast.expr:
         node = pending.pop()
         match node:
             case ast.Name(name):
-                known = name in ("q", "k", "s") or (name[0] == "t" and name[1:].isdecimal())
+                known = name in ("q", "k", "s", "b") or (name[0] == "t" and name[1:].isdecimal())
             case ast.Constant(value):
                 known = type(value) in (int, float)
             case ast.BinOp(left, operator, right):
@@ -108,10 +109,12 @@ def tables_of(text: str) -> list[int]:
     return sorted(int(name[1:]) for name in names(text) if name[0] == "t")
 
 
-def check(formulas: Formulas, shape: tuple[int, int, int, int]) -> None:
+def check(formulas: Formulas, shape: tuple[int, int, int, int], bias: Tensor | None) -> None:
     """Raises ValueError for formulas that name what there is not, or tables that are none for `shape`."""
-    if "s" in names(formulas.bias) | names(formulas.mask):
-        raise ValueError("the formula of a bias or of a mask names the score")
+    if {"s", "b"} & (names(formulas.bias) | names(formulas.mask)):
+        raise ValueError("the formula of a bias or of a mask names the score or the bias")
+    if has_bias_inside(formulas) and bias is None:
+        raise ValueError("the formula of the score names a bias, and there is none")
     used = set().union(*map(tables_of, (formulas.bias, formulas.mask, formulas.score)))
     if used - set(range(len(formulas.tables))):
         raise ValueError(f"formulas with {len(formulas.tables)} tables name t{max(used)}")
@@ -124,6 +127,11 @@ def check(formulas: Formulas, shape: tuple[int, int, int, int]) -> None:
             raise ValueError(f"table t{n} of {list(table.shape)} varies along queries and keys both")
         if table.dtype.is_complex or table.dtype == torch.float64:
             raise ValueError(f"table t{n} is {table.dtype}")
+
+
+def has_bias_inside(formulas: Formulas) -> bool:
+    """Whether the formula of the score takes the bias in, which is not added to the score then."""
+    return "b" in names(formulas.score)
 
 
 def derivative(text: str) -> str:
@@ -205,7 +213,7 @@ def _sum(a: ast.expr, operator: ast.operator, b: ast.expr) -> ast.expr:
 
 def evaluate(
     text: str, tables: tuple[Tensor, ...], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
-    s: Tensor | None = None,
+    s: Tensor | None = None, b: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """A formula for scores of `shape` [B, Hq, Sq, Sk], in plain PyTorch; reals are `dtype`. Broadcasts to `shape`."""
 
@@ -217,6 +225,8 @@ def evaluate(
                 return torch.arange(shape[3], device=device)
             case ast.Name("s"):
                 return s
+            case ast.Name("b"):
+                return b.to(dtype)
             case ast.Name(name):
                 table = tables[int(name[1:])]
                 return table.to(torch.uint8) if table.dtype == torch.bool else table

@@ -270,7 +270,7 @@ def check_terms(
         raise ValueError(f"softcap is a positive number, not {softcap}")
     if softcap is not None and formulas.score:
         raise ValueError("a soft cap beside a formula of the scores")
-    check_formulas(formulas, (*q.shape[:3], k.shape[2]))
+    check_formulas(formulas, (*q.shape[:3], k.shape[2]), bias)
     devices = {x.device for x in (q, k, v, bias, mask, sinks, *formulas.tables) if x is not None}
     if len(devices) > 1:
         raise ValueError(f"the operands are on {', '.join(sorted(map(str, devices)))}")

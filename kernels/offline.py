@@ -191,6 +191,7 @@ FORMULAS = {
         ("h", torch.bfloat16), ("bq", torch.int32), ("bk", torch.int32),
     )),
     "clamp": ("", "", "where(s > 50.0, 50.0, where(s < -50.0, -50.0, s))", ()),
+    "capped": ("", "", "50.0 * tanh((s + b) / 50.0)", ()),
     "absorbed": ("", "", "absorb(t0 != 0, s)", (("bq", torch.bool),)),
     "gate": ("", "", "sigmoid(s) * real(t0) + tanh(s * exp(-0.1 * abs(real(q) - real(k))))", (("h", torch.float32),)),
 }  # fmt: skip
@@ -315,6 +316,7 @@ def cases() -> dict[str, functools.partial]:
         ("d64-bias", (64, 64, "full", bf16), dict(bias="hqk")),
         ("d128-bias-mask", (128, 128, "causal", bf16), dict(bias="hk", mask="bqk")),
         ("d128-bias", (128, 128, "causal", bf16), dict(bias="hqk")),
+        ("d64-bias-inside", (64, 64, "full", bf16), dict(bias="bhqk", formulas="capped")),
         ("d256-bias", (256, 256, "full", bf16), dict(bias="bhqk")),
         ("d128-key-mask", (128, 128, "causal", bf16), dict(mask="bk")),
         ("d64-mask", (64, 64, "full", bf16), dict(mask="bqk")),
@@ -365,6 +367,7 @@ def cases() -> dict[str, functools.partial]:
         ("d64-clamp", (64, 64, "full", bf16), dict(formulas="clamp")),
         ("d64-bias-grad-absorbed", (64, 64, "full", bf16), dict(bias="hqk", bias_grad=True, formulas="absorbed")),
         ("d128-gate", (128, 128, "causal", bf16), dict(formulas="gate")),
+        ("d64-bias-inside", (64, 64, "full", bf16), dict(bias="bhqk", formulas="capped")),
     ):
         made[f"backward-{name}"] = functools.partial(backward_case, *problem, **more)
     for name, problem, more in (

@@ -10,7 +10,7 @@ Arithmetic is float32, or float64 for float64 inputs; results are rounded once.
 import torch
 from torch import Tensor
 
-from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas, derivative, evaluate
+from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas, derivative, evaluate, has_bias_inside
 
 
 def attention_reference(
@@ -118,7 +118,7 @@ def attention_backward_reference(
         dscores = dscores * (1 - torch.tanh(products / softcap).square())
     if formulas.score:
         text = derivative(formulas.score)
-        slope = evaluate(text, formulas.tables, scores.shape, scores.dtype, q.device, products)
+        slope = evaluate(text, formulas.tables, scores.shape, scores.dtype, q.device, products, bias)
         dscores = dscores * slope.masked_fill(~slope.isfinite(), 0.0)
     dq = dscores @ _per_query_head(k, q).to(scores.dtype) * scale
     dk = _per_kv_head(dscores.mT @ q.to(scores.dtype), k) * scale
@@ -200,8 +200,8 @@ def _scores(q, k, bias, mask, scale, window_left, window_right, softcap, formula
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if formulas.score:
-        scores = evaluate(formulas.score, formulas.tables, scores.shape, dtype, q.device, scores)
-    if bias is not None:
+        scores = evaluate(formulas.score, formulas.tables, scores.shape, dtype, q.device, scores, bias)
+    if bias is not None and not has_bias_inside(formulas):
         scores = scores + bias.to(dtype)
     if formulas.bias:
         scores = scores + evaluate(formulas.bias, formulas.tables, scores.shape, dtype, q.device)

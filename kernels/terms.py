@@ -18,7 +18,15 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas, derivative, device_source, is_shift, tables_of
+from fa3_inductor.kernels.formulas import (
+    NO_FORMULAS,
+    Formulas,
+    derivative,
+    device_source,
+    is_shift,
+    names,
+    tables_of,
+)
 
 ALIGNED = 8
 LOG2E = math.log2(math.e)
@@ -220,6 +228,8 @@ def _in_formulas(program: ScoreProgram, backward: bool, loaded: str) -> dict[str
     by_query, by_key = _axes(backward)
     tables = [n for n, term in enumerate(program.terms) if term.kind == "table"]
     by_name = {f"t{i}": loaded.format(n) + _along(program.terms[n], backward) for i, n in enumerate(tables)}
+    for n, term in _of_kind(program, "bias"):
+        by_name["b"] = f"{loaded.format(n)}.to(gl.float32){_along(term, backward)}"
     return by_name | {"q": f"rows{by_query}", "k": f"columns{by_key}", "s": "s"}
 
 
@@ -251,6 +261,8 @@ def _apply_source(program: ScoreProgram, backward: bool) -> str:
             inside = f"loaded[{len(program.terms) + 2}]{_axes(backward)[0]}"
             lines.append(f'    s = gl.where({inside}, s, float("-inf"))')
     biases = [f"loaded[{n}].to(gl.float32){_along(t, backward)}" for n, t in _of_kind(program, "bias")]
+    if "b" in names(program.score_formula):
+        biases = []
     conditions = [f"(loaded[{n}] != 0){_along(t, backward)}" for n, t in _of_kind(program, "mask")]
     if program.mask_formula:
         conditions.append(device_source(program.mask_formula, by_name))

@@ -77,11 +77,12 @@ def formula_of_score(
 ) -> tuple[Formula, tuple[Node, ...]] | None:
     """The formula for ``node[index]`` in which s is ``source``, and the nodes from there to ``node``; None if none."""
     writer = _Writer(algebra, roles, source)
+    writer.is_bounded = _is_bounded(node)
     try:
         text = writer.read(node, index).real()
     except _Inexpressible:
         return None
-    return Formula(text, tuple(writer.tables)), tuple(dict.fromkeys(writer.inside))
+    return Formula(text, tuple(writer.tables), writer.bias), tuple(dict.fromkeys(writer.inside))
 
 
 # Positions are below 2^22. With no larger factors and numbers than these, 32 bits hold what is made of them.
@@ -157,7 +158,9 @@ class _Writer:
         self.roles = roles
         self.source = source
         self.tables: list[Operand] = []
+        self.bias: Operand | None = None
         self.inside: list[Node] = []
+        self.is_bounded = False  # whether no infinity comes out, whatever goes in
         self._of_source: dict[Node, bool] = {} if source is None else {source[0]: True}
 
     # ------------------------------------------------------------------ what the algebra knows
@@ -292,7 +295,8 @@ class _Writer:
             return self.read(*step)
         kind = packet(node)
         if self._is_of_source(node) and kind not in (aten.mul, aten.div) and not self._is_finite_beside_scores(node):
-            raise _Inexpressible
+            if not self.is_bounded:
+                raise _Inexpressible
         if self._is_of_source(node) and self._may_divide_by_zero(node):
             raise _Inexpressible
         if kind in _CASTS:
@@ -403,7 +407,15 @@ class _Writer:
     def _operand(self, x: object, index: Index, dtype: torch.dtype, keeps: bool = False) -> _Text:
         """An operand that broadcasting aligns with ``index``, in ``dtype``; as it is if it ``keeps`` its own."""
         if isinstance(x, Node) and isinstance(x.meta.get("val"), torch.Tensor):
-            text = self.read(x, broadcast_index(index, shape_exprs(tensor(x))))
+            index = broadcast_index(index, shape_exprs(tensor(x)))
+            tables = list(self.tables)
+            try:
+                text = self.read(x, index)
+            except _Inexpressible:
+                if self.source is None or self._is_of_source(x):
+                    raise
+                self.tables = tables
+                text = self._as_bias(x, index)
             return text if keeps else _converted(text, tensor(x).dtype, dtype)
         value = self.algebra.value(x, ())
         if is_condition(value) or not value.is_number or not value.is_finite:
@@ -417,6 +429,20 @@ class _Writer:
     def _cast(self, node: Node, index: Index) -> _Text:
         source = node.args[0]
         return _converted(self.read(source, index), tensor(source).dtype, tensor(node).dtype)
+
+    def _as_bias(self, node: Node, index: Index) -> _Text:
+        """A tensor that is read along queries and keys both: there may be one beside the score."""
+        dtype = tensor(node).dtype
+        if not dtype.is_floating_point or dtype == torch.float64:
+            raise _Inexpressible
+        try:
+            operand = side_operand(self.algebra.space, node, index, self.roles)
+        except Rejected:
+            raise _Inexpressible from None
+        if self.bias not in (None, operand):
+            raise _Inexpressible
+        self.bias = operand
+        return _Text("real", "b", exact=False)
 
     def _table(self, node: Node, index: Index) -> _Text:
         dtype = tensor(node).dtype
@@ -435,6 +461,18 @@ class _Writer:
 
 
 _SCORES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _is_bounded(node: Node) -> bool:
+    """Whether a tensor is a function with finite limits, times and plus finite numbers: it has no infinities."""
+    kind = packet(node)
+    if kind in (aten.tanh, aten.sigmoid):
+        return True
+    if kind not in _CASTS and kind not in (aten.mul, aten.div, aten.add, aten.sub):
+        return False
+    numbers = [x for x in node.args[1:] if not isinstance(x, Node)] if kind not in _CASTS else []
+    is_finite = all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers)
+    return is_finite and len(node.all_input_nodes) == 1 and _is_bounded(node.all_input_nodes[0])
 
 
 def _argument(x: _Text, template: str) -> str:

@@ -50,10 +50,12 @@ class Operand:
 
 @dataclasses.dataclass(frozen=True)
 class Formula:
-    """A mask, a bias or what becomes of a score as `kernels/formulas.py` has it; ``tables`` are its t0, t1, ..."""
+    """A mask, a bias or what becomes of a score as `kernels/formulas.py` has it; ``tables`` are its t0, t1, ..., and
+    ``bias`` is its b, if it has one: a tensor along queries and keys both."""
 
     text: str
     tables: tuple[Operand, ...]
+    bias: Operand | None = None
 
 
 class Empty(enum.Enum):

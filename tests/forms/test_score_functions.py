@@ -188,6 +188,75 @@ def test_a_scale_behind_what_is_added(function):
     assert [s.status for s in report.sites] == ["fused"]
 
 
+def capped_with_positions(s, positions):
+    """The audio encoders of Gemma 3n and 4: the cap is over the product and a tensor."""
+    hidden = torch.ones(S, S, dtype=torch.bool).triu(5)
+    return (torch.tanh((s + positions) / 3.0) * 3.0).masked_fill(hidden, -1e9)
+
+
+def gated_by_pairs(s, pairs):
+    return s * torch.sigmoid(pairs)
+
+
+def of_queries_and_keys(s, pairs):
+    return torch.sigmoid(s * pairs[:, None] + pairs[:, None]) * 4.0
+
+
+PAIRS = {
+    capped_with_positions: lambda: torch.randn(B, H, S, S),
+    gated_by_pairs: lambda: torch.randn(H, S, S),
+    of_queries_and_keys: lambda: torch.randn(B, S, S),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("function", PAIRS)
+def test_a_tensor_of_queries_and_keys_inside(function, dtype):
+    """In training it has a gradient, which the kernels do not give."""
+    fn, args = attend(function), arguments((PAIRS[function],))
+    for grads in (False, True):
+        compiled, report = fuse(fn, target="reference")
+        ours, eager = (run(f, args, dtype, grads) for f in (compiled, fn))
+        assert_as_good_as_eager(ours, eager, run(fn, args, torch.float64, grads), dtype)
+        (site,) = report.sites
+        assert site.status == ("rejected" if grads else "fused"), site.verdict
+        assert ("has a gradient" if grads else "b") in site.detail
+
+
+def test_a_constant_of_queries_and_keys_inside():
+    fn, args = attend(lambda s: s * torch.linspace(0, 1, S * S).view(S, S).sin()), qkv()
+    compiled, report = fuse(fn, target="reference")
+    ours, eager = (run(f, args, torch.float32) for f in (compiled, fn))
+    assert_as_good_as_eager(ours, eager, run(fn, args, torch.float64), torch.float32)
+    assert [s.status for s in report.sites] == ["fused"]
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_infinities_inside_a_cap(value):
+    pairs = torch.randn(B, H, S, S)
+    pairs[0, 0, 3, 4] = pairs[1, 2, 5] = value
+    fn, args = attend(capped_with_positions), [*qkv(), pairs]
+    compiled, report = fuse(fn, target="reference")
+    torch.testing.assert_close(compiled(*args), fn(*args), equal_nan=True)
+    assert [s.status for s in report.sites] == ["fused"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s, a, b: torch.tanh(s + a) * b,  # two tensors
+        lambda s, a, b: torch.tanh(s + a) + b,  # another one is added
+        lambda s, a, b: torch.relu(s + a),  # may be -inf all along a row
+        lambda s, a, b: torch.tanh(s + a.double()).float(),
+    ],
+)
+def test_tensors_of_queries_and_keys_that_do_not_fit(function):
+    fn, args = attend(function), arguments((lambda: torch.randn(H, S, S), lambda: torch.randn(H, S, S)))
+    compiled, report = fuse(fn, target="reference")
+    torch.testing.assert_close(compiled(*args), fn(*args))
+    assert [s.reason for s in report.sites] == [Reason.SCORE_OP]
+
+
 def fed_back(s):
     return s + s.mean(-1, keepdim=True)
 
@@ -213,10 +282,6 @@ def by_rank(s):
     return s - s.argsort(-1).to(s.dtype)
 
 
-def of_all(s):
-    return s * torch.linspace(0, 1, S * S).view(S, S).sin()
-
-
 def crossed(s):
     return s.clamp(1.0, -1.0)
 
@@ -232,7 +297,7 @@ def after_a_mask(s):
 
 @pytest.mark.parametrize(
     "function",
-    [fed_back, transposed, half_detached, rounded, jumping, by_rank, of_all, crossed, larger_of_two, after_a_mask],
+    [fed_back, transposed, half_detached, rounded, jumping, by_rank, crossed, larger_of_two, after_a_mask],
     ids=lambda f: f.__name__,
 )
 def test_refused(function):

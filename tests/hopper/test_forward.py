@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from fa3_inductor.kernels import output_like
-from fa3_inductor.kernels.reference import attention_reference
+from fa3_inductor.kernels.reference import attention_backward_reference, attention_reference
 
 if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
     pytest.skip("needs a Hopper GPU", allow_module_level=True)
 
 from fa3_inductor.kernels import forward, launch
+from fa3_inductor.kernels.backward import attention_backward
 from fa3_inductor.kernels.formulas import Formulas
 from fa3_inductor.kernels.forward import attention_forward
 
@@ -372,3 +373,22 @@ def test_masks_that_leave_tiles_out(name, options, head_dim):
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-4)
     again, _ = attention_forward(q, k, v, window_left=left, window_right=right, **options)
     assert torch.equal(out, again)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(2, 4, 300, 304), (1, 1, 300, 304), (1, 4, 1, 304)])
+def test_a_bias_inside_the_score(head_dim, dtype, shape):
+    """The cap is over the product and the bias; the backward's derivative has it in it too."""
+    torch.manual_seed(0)
+    q, dout = (torch.randn(2, 4, 300, head_dim, device="cuda", dtype=torch.bfloat16) for _ in "qd")
+    k, v = (torch.randn(2, 2, 304, head_dim, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+    bias, formulas = torch.randn(shape, device="cuda", dtype=dtype), Formulas(score="3.0 * tanh((s + b) / 3.0)")
+    options = dict(scale=0.1, window_right=50, formulas=formulas)
+    out, lse = attention_forward(q, k, v, bias, **options)
+    exact = attention_reference(*(x.double() for x in (q, k, v, bias)), **options)
+    assert (out.double() - exact[0]).norm() < 4e-3 * exact[0].norm() and (lse.double() - exact[1]).abs().max() < 1e-3
+    grads = attention_backward(dout, q, k, v, bias, None, out, lse, **options)[:3]
+    double = (x.double() for x in (dout, q, k, v, bias))
+    for got, want in zip(grads, attention_backward_reference(*double, None, *exact, **options)):
+        assert (got.double() - want).norm() < 1e-2 * want.norm()

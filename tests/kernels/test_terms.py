@@ -140,7 +140,7 @@ def test_formulas(text, tables, value):
     torch.testing.assert_close(evaluated.expand(shape), value.expand(shape))
     is_mask = value.dtype == torch.bool
     formulas = Formulas(*(("", text) if is_mask else (text, "")), tuple(tables))
-    check(formulas, SHAPE)
+    check(formulas, SHAPE, None)
     want = products * SCALE
     want = want.masked_fill(~value, -math.inf) if is_mask else want + value
     torch.testing.assert_close(scores_by_program(products, None, None, None, formulas)[0], want)
@@ -176,7 +176,7 @@ def test_formulas_of_scores(text, function):
     torch.manual_seed(0)
     products, bias = torch.randn(*SHAPE) * 5, operand("bias", "hqk", "contiguous")
     formulas = Formulas("", "t1 == t2", (SLOPES, OF_QUERIES, OF_KEYS), text)
-    check(formulas, SHAPE)
+    check(formulas, SHAPE, None)
     got, _, program = scores_by_program(products, bias, None, None, formulas)
     want = (function(products * SCALE) + bias).masked_fill(OF_QUERIES != OF_KEYS, -math.inf)
     torch.testing.assert_close(got, want)
@@ -237,7 +237,7 @@ def test_what_is_no_formula(text, problem):
 ])  # fmt: skip
 def test_tables_that_are_none(formulas, problem):
     with pytest.raises(ValueError, match=problem):
-        check(formulas, SHAPE)
+        check(formulas, SHAPE, None)
 
 
 def test_a_soft_cap_holds_at_infinity():
