@@ -73,7 +73,7 @@ def find_attention(graph: Graph, algebra: Algebra) -> list[Found]:
 
 
 def _read_all(graph: Graph, algebra: Algebra) -> list[Found]:
-    found: list[Found | None] = []
+    found: list[Found] = []
     sums: dict[Node, list[tuple[Node, _Weights]]] = {}  # product -> softmaxes whose weights are added up for it
     for node in graph.nodes:
         if packet(node) is aten.scaled_dot_product_attention:

@@ -77,7 +77,7 @@ def formula_of_score(
 ) -> tuple[Formula, tuple[Node, ...]] | None:
     """The formula for ``node[index]`` in which s is ``source``, and the nodes from there to ``node``; None if none."""
     writer = _Writer(algebra, roles, source)
-    writer.is_bounded = _is_bounded(node)
+    writer.is_bounded = _limit(node) < torch.finfo(torch.float16).max
     try:
         text = writer.read(node, index).real()
     except _Inexpressible:
@@ -463,16 +463,22 @@ class _Writer:
 _SCORES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _is_bounded(node: Node) -> bool:
-    """Whether a tensor is a function with finite limits, times and plus finite numbers: it has no infinities."""
+def _limit(node: Node) -> float:
+    """What a tensor is never beyond, whatever goes in (but for NaN): of tanh or sigmoid, scaled or moved by numbers."""
     kind = packet(node)
     if kind in (aten.tanh, aten.sigmoid):
-        return True
-    if kind not in _CASTS and kind not in (aten.mul, aten.div, aten.add, aten.sub):
-        return False
-    numbers = [x for x in node.args[1:] if not isinstance(x, Node)] if kind not in _CASTS else []
-    is_finite = all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers)
-    return is_finite and len(node.all_input_nodes) == 1 and _is_bounded(node.all_input_nodes[0])
+        return 1.0
+    if kind in _CASTS and tensor(node).dtype.is_floating_point:
+        return _limit(node.args[0])
+    if kind not in (aten.mul, aten.div, aten.add, aten.sub) or len(node.args) != 2 or node.kwargs:
+        return math.inf
+    x, number = node.args
+    if not isinstance(x, Node) or not isinstance(number, (int, float)) or (kind is aten.div and number == 0):
+        return math.inf
+    limit = _limit(x)
+    if kind in (aten.add, aten.sub):
+        return limit + abs(number)
+    return limit * abs(number) if kind is aten.mul else limit / abs(number)
 
 
 def _argument(x: _Text, template: str) -> str:

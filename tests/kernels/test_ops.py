@@ -100,6 +100,15 @@ def test_bias_without_gradient_gets_none():
     assert q.grad is not None and bias.grad is None
 
 
+def test_a_bias_inside_the_score_has_no_gradient():
+    q, k, v = qkv()
+    bias, *rest = arguments("bias")
+    with pytest.raises(NotImplementedError, match="a bias inside the formula of the score has no gradient"):
+        attention(q, k, v, bias, *rest, score_formula="tanh(s + b)")
+    with pytest.raises(ValueError, match="names a bias, and there is none"):
+        attention(q, k, v, None, *rest, score_formula="tanh(s + b)")
+
+
 def test_double_backward_says_no():
     q, k, v = qkv()
     (dq,) = torch.autograd.grad(attention(q, k, v, *arguments("full"))[0].sum(), q, create_graph=True)
