@@ -1,8 +1,9 @@
-"""The operators that the pass puts into graphs: `fa3::attention`, `fa3::attention_backward`, and for inference
-`fa3::attention_fp8` of float8_e4m3fn tensors and `fa3::attention_quantised`, which rounds 16-bit ones to it.
+"""The operators that the pass puts into graphs: `fa3::attention`, `fa3::attention_backward`, and, for inference,
+`fa3::attention_fp8` of float8_e4m3fn tensors. `fa3::attention_quantised` rounds 16-bit ones to it; its gradients are
+those of attention of the rounded values, which `fa3::round_trip` gives, in 16 bits.
 
 Import this module to register them. They are opaque to Inductor, functional, differentiable once (out and lse in q, k,
-v, bias and sinks; those in FP8 not at all), and have fakes for every shape, symbolic ones included. All take `target`:
+v, bias and sinks; of FP8 tensors not at all), and have fakes for every shape, symbolic ones included. Of `target`,
 "hopper" runs the Gluon kernels on CUDA tensors, "reference" the plain PyTorch specification; CPU tensors always take
 the reference. With a `seed`, int64 [1], weights are dropped with probability `dropout_p`, by the rule of
 `fa3_inductor.kernels.dropout`; with `deterministic`, gradients are summed up in one order.
@@ -21,6 +22,7 @@ from fa3_inductor.kernels.reference import (
     attention_fp8_reference,
     attention_quantised_reference,
     attention_reference,
+    round_trip_reference,
 )
 
 _MASKING = "float scale, SymInt? window_left, SymInt? window_right, str target"
@@ -57,7 +59,12 @@ torch.library.define(
 torch.library.define(
     "fa3::attention_quantised",
     f"(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, {_MASKING}, int? incoherent_seed, {_SOFTCAP}, "
-    f"Tensor? sinks=None, {_FORMULAS}) -> (Tensor, Tensor)",
+    f"Tensor? sinks=None, {_DETERMINISTIC}, {_FORMULAS}) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+torch.library.define(
+    "fa3::round_trip",
+    "(Tensor q, Tensor k, Tensor v, int keys, int? incoherent_seed, str target) -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 
@@ -167,7 +174,7 @@ def _attention_fp8_fake(
 @torch.library.impl("fa3::attention_quantised", "default")
 def _attention_quantised(
     q, k, v, bias, mask, scale, window_left, window_right, target, incoherent_seed, softcap=None, sinks=None,
-    *formulas,
+    deterministic=False, *formulas,
 ):  # fmt: skip
     from fa3_inductor.kernels import fp8
 
@@ -188,19 +195,49 @@ def _attention_quantised(
 @torch.library.register_fake("fa3::attention_quantised")
 def _attention_quantised_fake(
     q, k, v, bias, mask, scale, window_left, window_right, target, incoherent_seed, softcap=None, sinks=None,
-    *formulas,
+    deterministic=False, *formulas,
 ):  # fmt: skip
     _check(q, k, v, bias, mask, target)
     return output_like(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
+@torch.library.impl("fa3::round_trip", "default")
+def _round_trip(q, k, v, keys, incoherent_seed, target):
+    from fa3_inductor.kernels import fp8
+
+    rows = ((q, fp8.ROWS, incoherent_seed), (k, keys, incoherent_seed), (v, keys, None))
+    if target == "hopper" and q.is_cuda:
+        return tuple(fp8.round_trip(x, n, seed) for x, n, seed in rows)
+    matrix = None if incoherent_seed is None else fp8.matrix_of(q, incoherent_seed)
+    rounded = (round_trip_reference(x, n, None if seed is None else matrix) for x, n, seed in rows)
+    return tuple(output_like(x, x.shape[-1]).copy_(y) for x, y in zip((q, k, v), rounded))
+
+
+@torch.library.register_fake("fa3::round_trip")
+def _round_trip_fake(q, k, v, keys, incoherent_seed, target):
+    return _grads(q, k, v)
+
+
 def _no_gradient_of_fp8(ctx, *grads):
-    raise NotImplementedError("attention in FP8 has no gradient: set fa3_inductor.config.fp8 = 'off' to train")
+    raise NotImplementedError("attention of FP8 tensors has no gradient: set fa3_inductor.config.fp8 = 'off' to train")
 
 
 def _setup_context(ctx, inputs, output):
     q, k, v, bias, mask, ctx.scale, ctx.window_left, ctx.window_right, ctx.target, ctx.softcap, sinks, *others = inputs
     seed, ctx.dropout_p, ctx.deterministic, *formulas = others
+    ctx.sinks_grad = sinks is not None and ctx.needs_input_grad[10]
+    _save(ctx, q, k, v, bias, mask, output, sinks, seed, formulas)
+
+
+def _setup_context_quantised(ctx, inputs, output):
+    q, k, v, bias, mask, ctx.scale, ctx.window_left, ctx.window_right, ctx.target, ctx.incoherent_seed, *others = inputs
+    ctx.softcap, sinks, ctx.deterministic, *formulas = others
+    ctx.sinks_grad = sinks is not None and ctx.needs_input_grad[11]
+    ctx.dropout_p = 0.0
+    _save(ctx, q, k, v, bias, mask, output, sinks, None, formulas)
+
+
+def _save(ctx, q, k, v, bias, mask, output, sinks, seed, formulas):
     ctx.formulas, tables = formulas[:3], formulas[3:]
     if any(table is not None and table.requires_grad for table in tables):
         raise NotImplementedError("fa3::attention: the tables of formulas have no gradient")
@@ -208,13 +245,28 @@ def _setup_context(ctx, inputs, output):
     ctx.bias_grad = bias is not None and ctx.needs_input_grad[3]
     if ctx.bias_grad and has_bias_inside(_formulas(*formulas)):
         raise NotImplementedError("fa3::attention: a bias inside the formula of the score has no gradient")
-    ctx.sinks_grad = sinks is not None and ctx.needs_input_grad[10]
     ctx.save_for_backward(q, k, v, bias, mask, out, lse, sinks, seed, *tables)
     ctx.set_materialize_grads(False)
 
 
 def _attention_vjp(ctx, dout, dlse):
-    q, k, v, bias, mask, out, lse, sinks, seed, *tables = ctx.saved_tensors
+    dq, dk, dv, dbias, dsinks = _vjp(ctx, dout, dlse, *ctx.saved_tensors)
+    return dq, dk, dv, dbias, *[None] * 6, dsinks, *[None] * (6 + MAX_TABLES)
+
+
+def _quantised_vjp(ctx, dout, dlse):
+    from fa3_inductor.kernels import fp8
+
+    q, k, v, bias, mask, *others = ctx.saved_tensors
+    formulas = _formulas(*ctx.formulas, *others[4:])
+    keys = fp8.tile_for(q.shape[3], v.shape[3], fp8.has_terms(bias, mask, ctx.softcap, formulas)).block_n
+    rounded = torch.ops.fa3.round_trip(q, k, v, keys, ctx.incoherent_seed, ctx.target)
+    dq, dk, dv, dbias, dsinks = _vjp(ctx, dout, dlse, *rounded, bias, mask, *others)
+    return dq, dk, dv, dbias, *[None] * 7, dsinks, *[None] * (4 + MAX_TABLES)
+
+
+def _vjp(ctx, dout, dlse, q, k, v, bias, mask, out, lse, sinks, seed, *tables):
+    """Gradients of out and lse in q, k, v, bias and sinks."""
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv, dbias = torch.ops.fa3.attention_backward(
         dout, q, k, v, bias, mask, out, lse, ctx.scale, ctx.window_left, ctx.window_right, ctx.target, ctx.bias_grad,
@@ -226,7 +278,7 @@ def _attention_vjp(ctx, dout, dlse):
         delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         delta = delta if dlse is None else delta - dlse
         dsinks = -(weights * delta).sum((0, 2)).to(sinks.dtype)
-    return dq, dk, dv, dbias if ctx.bias_grad else None, *[None] * 6, dsinks, *[None] * (6 + len(tables))
+    return dq, dk, dv, dbias if ctx.bias_grad else None, dsinks
 
 
 def _no_double_backward(ctx, *grads):
@@ -235,7 +287,8 @@ def _no_double_backward(ctx, *grads):
 
 torch.library.register_autograd("fa3::attention", _attention_vjp, setup_context=_setup_context)
 torch.library.register_autograd("fa3::attention_backward", _no_double_backward)
-for _name in ("fa3::attention_fp8", "fa3::attention_quantised"):
+torch.library.register_autograd("fa3::attention_quantised", _quantised_vjp, setup_context=_setup_context_quantised)
+for _name in ("fa3::attention_fp8", "fa3::round_trip"):
     torch.library.register_autograd(_name, _no_gradient_of_fp8)
 
 

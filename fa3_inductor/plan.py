@@ -99,8 +99,8 @@ def _fp8(
     uncertain = empty not in (Empty.IMPOSSIBLE, Empty.ZERO) and any(
         t.kind is TermKind.BIAS and not t.ordinary for t in spec.terms
     )
-    if trains:
-        return "", "not on the FP8 kernel: it has no gradient"
+    if trains and wanted == "graph":
+        return "", "not on the FP8 kernel: 8-bit tensors have no gradient there"
     if spec.dropout_p:
         return "", "not on the FP8 kernel: it has no dropout"
     if empty in (Empty.AS_WRITTEN, Empty.RAISED) or uncertain:
@@ -109,7 +109,7 @@ def _fp8(
         return "", "not on the FP8 kernel: triton is not installed"
     from .kernels.fp8 import supports
 
-    if spec.float8 is not None:
+    if spec.float8 is not None and not trains:
         scale = spec.float8.scale
         if not scale.is_number:
             why = f"the scale is {scale}"

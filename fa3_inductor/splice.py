@@ -407,6 +407,8 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, N
         if spec.dropout_p:  # from torch's own generator; kept for the backward, as any other operand is
             device = fake_value(q).device
             seed = emit.call(torch.randint, 0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+        asked = config.deterministic_backward or torch.are_deterministic_algorithms_enabled()
+        in_order = emit.trains and asked
         shaping = (bias, mask, scale, left, right, plan.target)
         if plan.fp8 == "graph":
             dtype = torch.float16 if fake_value(q).dtype == torch.float16 else torch.bfloat16
@@ -414,11 +416,9 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, N
             shaping = (bias, mask, abs(float(spec.float8.scale)), left, right, plan.target, dtype)
             pair = emit.call(torch.ops.fa3.attention_fp8.default, *operands, *shaping, softcap, sinks, *formulas)
         elif plan.fp8:
-            options = (config.fp8_incoherent_seed, softcap, sinks)
+            options = (config.fp8_incoherent_seed, softcap, sinks, in_order)
             pair = emit.call(torch.ops.fa3.attention_quantised.default, q, k, v, *shaping, *options, *formulas)
         else:
-            asked = config.deterministic_backward or torch.are_deterministic_algorithms_enabled()
-            in_order = emit.trains and asked
             options = (softcap, sinks, seed, spec.dropout_p, in_order, *formulas)
             pair = emit.call(torch.ops.fa3.attention.default, q, k, v, *shaping, *options)
         out = emit.call(operator.getitem, pair, 0)

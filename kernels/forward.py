@@ -125,6 +125,7 @@ GLUON_DTYPES = {
     torch.float16: gl.float16,
     torch.float32: gl.float32,
     torch.float8_e4m3fn: gl.float8e4nv,
+    torch.uint8: gl.uint8,
 }
 
 
@@ -421,9 +422,9 @@ def launch_arguments(
     with_terms = has_terms(bias, mask, None, formulas) or seed is not None  # a soft cap alone needs few registers
     tile = tile or tile_for(head_dim, head_dim_v, windowed, seqlen_q, with_terms)
     is_alike = parts(head_dim)[: len(parts(head_dim_v))] == parts(head_dim_v)
-    score_functions, ranges, operands, shares_bias = score_arguments(
+    score_functions, ranges, operands, is_shared = score_arguments(
         bias, mask, softcap, (batch, q_heads, seqlen_q, seqlen_k), ranges, formulas,
-        _has_room_for_bias(tile, head_dim, head_dim_v, is_alike or split is not None),
+        _room_for_term(tile, head_dim, head_dim_v, is_alike or split is not None),
     )  # fmt: skip
     ctas, m_tiles, order = schedule(
         batch * q_heads, seqlen_q, seqlen_k, left, right, tile.consumers * ROWS, tile.block_n, sm_count, q.device
@@ -432,12 +433,12 @@ def launch_arguments(
     if split is not None:
         tiles *= split.shape[2]
         ctas, order = min(tiles, sm_count or multiprocessors(q.device)), None
-    shared_o = (tile.shared_o or shares_bias) and is_alike
-    of_bias = _bias_tiles(operands[0][0], tile.block_n) if shares_bias else (None, 0, 0)
+    shared_o = (tile.shared_o or is_shared) and is_alike
+    of_term = _term_tiles(operands[0][0], tile.block_n) if is_shared else (None, 0, 0)
     return (ctas, 1, 1), (
         *descriptors(q, ROWS, parts(head_dim)), *descriptors(k, tile.block_n, parts(head_dim)),
         *descriptors(v, tile.block_n, parts(head_dim_v)), *descriptors(out, ROWS, parts(head_dim_v)),
-        lse, order, sinks, ranges, operands, *of_bias, split, 1 if split is None else split.shape[2],
+        lse, order, sinks, ranges, operands, *of_term, split, 1 if split is None else split.shape[2],
         tiles, m_tiles, q_heads, q_heads // kv_heads, seqlen_q, seqlen_k, left or 0, right or 0,
         scale * _LOG2E, seed, threshold(dropout_p), keep_scale(dropout_p),
         left is not None, right is not None, *score_functions,
@@ -445,15 +446,15 @@ def launch_arguments(
     )  # fmt: skip
 
 
-def _has_room_for_bias(tile: Tile, head_dim: int, head_dim_v: int, shares_o: bool) -> bool:
-    """Whether tiles of a bias in 16 bits fit into shared memory, with as many stages as K's."""
+def _room_for_term(tile: Tile, head_dim: int, head_dim_v: int, shares_o: bool) -> int:
+    """How many bytes of every score fit into shared memory, with as many stages as K's."""
     width, width_v, rows = sum(parts(head_dim)), sum(parts(head_dim_v)), tile.consumers * ROWS
-    of_rows = rows * (width + (0 if shares_o else width_v) + STAGES * tile.block_n)
-    return 2 * (of_rows + STAGES * tile.block_n * (width + width_v)) <= SHARED_BYTES
+    rest = SHARED_BYTES - 2 * rows * (width + (0 if shares_o else width_v))
+    return (rest - 2 * STAGES * tile.block_n * (width + width_v)) // (rows * STAGES * tile.block_n)
 
 
-def _bias_tiles(whole: Tensor, keys: int) -> tuple[TensorDescriptor, int, int]:
-    """A TMA descriptor of a bias, expanded, in blocks of ROWS rows and `keys` keys; whether it has batch and head."""
+def _term_tiles(whole: Tensor, keys: int) -> tuple[TensorDescriptor, int, int]:
+    """A TMA descriptor of an expanded bias or mask, in blocks of ROWS rows and `keys` keys; has it batch, and head?"""
     own = whole[tuple(slice(0, 1) if by == 0 else slice(None) for by in whole.stride())]
     desc = TensorDescriptor(
         whole, list(own.shape), tma_strides(own), [1, 1, ROWS, keys], shared_layout(ROWS, keys, own.dtype)
@@ -503,13 +504,13 @@ def clipped(
 
 def score_arguments(
     bias: Tensor | None, mask: Tensor | None, softcap: float | None, shape: tuple[int, ...], ranges: Tensor | None,
-    formulas: Formulas, share_bias: bool = False,
+    formulas: Formulas, room: int = 0,
 ) -> tuple[tuple, tuple | None, tuple, bool]:  # fmt: skip
     """What kernels take for scores of `shape`: LOAD to UNIT, the ranges with their strides, and the operands.
 
-    And whether the bias, the first of them, is to come by way of shared memory.
+    And whether the first of them is to come by way of shared memory, of which there is `room`.
     """
-    program, operands = program_of(bias, mask, softcap, shape, formulas, share_bias=share_bias)
+    program, operands = program_of(bias, mask, softcap, shape, formulas, room=room)
     load, apply, unit = open_load, open_apply, _ = functions(program)
     if ranges is not None:
         steps = (0 if size == 1 else by // ranges.shape[3] for size, by in zip(ranges.shape[:3], ranges.stride()))

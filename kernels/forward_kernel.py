@@ -213,27 +213,54 @@ def _load_kv(
 
 @gluon.jit
 def _load_keys(
-    descs, bias, batch, head, kv_head, row0, row, it, full, smem, THREADS: gl.constexpr, CONSUMERS: gl.constexpr,
+    descs, term, place, kv_head, row, unneeded, it, full, smem, THREADS: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Brings one tile of keys, and with it that of the bias for each consumer's queries, if there is one to bring.
+    """Brings one tile of keys, and with it that of a bias or a mask for each consumer's queries, if that comes by TMA.
 
-    Read from global memory by the consumers themselves, four bytes of each of eight rows at a time, a bias costs more.
-    On an H200, bias [h, q, k], full, TFLOP/s at 1024 and 8192 positions: head_dim 64, 198 -> 303 and 210 -> 294; 128,
-    353 -> 421 and 363 -> 462; 256, 418 -> 465 and 460 -> 542.
+    Read from global memory by the consumers themselves, a few bytes of each of eight rows at a time, it costs more. On
+    an H200, bias [h, q, k], full, TFLOP/s at 1024 and 8192 positions: head_dim 64, 198 -> 303 and 210 -> 294; 128,
+    353 -> 421 and 363 -> 462; 256, 418 -> 465 and 460 -> 542. A random mask [q, k]: 64, 243 -> 285 and 248 -> 333; 128,
+    339 -> 431 and 371 -> 472; 256, 449 -> 546 and 471 -> 573.
     """
-    if len(bias) == 0:
+    batch, head, row0 = place
+    if len(term) == 0:
         _load_kv(descs, batch, kv_head, row, it, full, smem, K_EMPTY, THREADS, STAGES)
     else:
-        desc, bias_smem, by_batch, by_head = bias
+        desc, term_smem, by_batch, by_head = term
+        BLOCK_N: gl.constexpr = desc.block_type.shape[3]
         slot = it % STAGES
         if it >= STAGES:
             _sync(K_EMPTY + slot, THREADS)
         bar = full.index(slot)
-        _load(descs, batch, kv_head, row, bar, smem, slot, CONSUMERS * desc.block_type.nbytes)
-        for wg in gl.static_range(CONSUMERS):
-            at = [batch * by_batch, head * by_head, row0 + wg * ROWS, row]
-            tma_load(desc, at, bar, bias_smem.index(slot * CONSUMERS + wg))
+        tile = row // BLOCK_N
+        if (tile >= unneeded[0]) & (tile < unneeded[1]):
+            _load(descs, batch, kv_head, row, bar, smem, slot)
+        else:
+            _load(descs, batch, kv_head, row, bar, smem, slot, CONSUMERS * desc.block_type.nbytes)
+            for wg in gl.static_range(CONSUMERS):
+                at = [batch * by_batch, head * by_head, row0 + wg * ROWS, row]
+                tma_load(desc, at, bar, term_smem.index(slot * CONSUMERS + wg))
+
+
+@gluon.jit
+def _unneeded(
+    place, stop, window, ranges, term, CONSUMERS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
+):  # fmt: skip
+    """The KV tiles first ... stop - 1 for which no consumer looks at a mask: it hides nothing, nor does a window."""
+    low = 0
+    high = 0
+    if len(term) > 0:
+        if ranges is not None and term[0].dtype == gl.uint8 and not (LEFT or RIGHT):
+            ptr, by_batch, by_head, by_block = ranges
+            batch, head, row0 = place
+            ptr += (batch.to(gl.int64) * by_batch + head * by_head) * 4
+            high = stop - 1  # with the last tile each begins, and looks at the mask
+            for wg in gl.static_range(CONSUMERS):
+                at = ptr + gl.minimum(row0 + wg * ROWS, window[0] - 1) // ROWS * by_block * 4
+                low = gl.maximum(low, gl.load(at + 2))
+                high = gl.minimum(high, gl.minimum(gl.load(at + 1) - 1, gl.load(at + 3)))
+    return low, high
 
 
 @gluon.jit
@@ -248,7 +275,7 @@ def _produce(
 ):  # fmt: skip
     """The producer warp. Values lag keys by one tile, as their use does."""
     q_descs, k_descs, v_descs, q_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full = args[:10]
-    work, window, ranges, bias = args[10:]
+    work, window, ranges, term = args[10:]
     m_tiles, q_heads, group = work[2:5]
     THREADS: gl.constexpr = 128 * CONSUMERS + 32
     it = 0
@@ -266,10 +293,10 @@ def _produce(
         _, _, first, stop, _ = _kv_range(
             place, part, work, window, ranges, 0, CONSUMERS, BLOCK_N, LEFT, RIGHT
         )  # fmt: skip
-        row0 = m_tile * (CONSUMERS * ROWS)
+        unneeded = _unneeded(place, stop, window, ranges, term, CONSUMERS, LEFT, RIGHT)
         row = (stop - 1) * BLOCK_N
         _load_keys(
-            k_descs, bias, batch, head, kv_head, row0, row, it, k_full, k_smem, THREADS, CONSUMERS, STAGES
+            k_descs, term, place, kv_head, row, unneeded, it, k_full, k_smem, THREADS, CONSUMERS, STAGES
         )  # fmt: skip
         for wg in gl.static_range(CONSUMERS):
             mbarrier.wait(q_empty.index(wg), (step & 1) ^ 1)
@@ -278,7 +305,7 @@ def _produce(
             it += 1
             row -= BLOCK_N
             _load_keys(
-                k_descs, bias, batch, head, kv_head, row0, row, it, k_full, k_smem, THREADS, CONSUMERS, STAGES
+                k_descs, term, place, kv_head, row, unneeded, it, k_full, k_smem, THREADS, CONSUMERS, STAGES
             )  # fmt: skip
             LOAD_VALUES(v_descs, batch, kv_head, row + BLOCK_N, it - 1, v_full, v_smem, CONSUMERS)
         LOAD_VALUES(v_descs, batch, kv_head, row, it, v_full, v_smem, CONSUMERS)
@@ -437,13 +464,13 @@ def _drop(weights, row0, column0, random, s_layout: gl.constexpr):
 
 @gluon.jit
 def _load_terms(
-    LOAD: gl.constexpr, operands, bias_smem, slot, place, column0, window, s_layout: gl.constexpr,
+    LOAD: gl.constexpr, operands, term_smem, slot, place, column0, window, s_layout: gl.constexpr,
     BOUNDED: gl.constexpr,
 ):  # fmt: skip
-    """What the score program reads from memory for one tile: the bias in shared memory, if it is there, of `slot`."""
+    """What the score program reads from memory for one tile: the first term from `slot` of shared memory, if there."""
     batch, head, row0 = place
-    if len(bias_smem) == 1:
-        operands = ((_tile(bias_smem[0], slot),),) + operands[1:]
+    if len(term_smem) == 1:
+        operands = ((_tile(term_smem[0], slot),),) + operands[1:]
     rows = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, s_layout))
     columns = column0 + gl.arange(0, s_layout.instr_shape[1], gl.SliceLayout(0, s_layout))
     return LOAD(operands, batch, head, rows, columns, window[0], window[1], BOUNDED)
@@ -451,7 +478,7 @@ def _load_terms(
 
 @gluon.jit
 def _kv_loop(
-    o, packed, l_i, m_i, it, tile, stop, place, scale, q, k_smem, v_smem, k_full, v_full, operands, bias_smem, window,
+    o, packed, l_i, m_i, it, tile, stop, place, scale, q, k_smem, v_smem, k_full, v_full, operands, term_smem, window,
     random,
     WG: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr, OVERLAP: gl.constexpr,
     MASKED: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr,
@@ -478,7 +505,7 @@ def _kv_loop(
             _arrive(TURN + (WG + 1) % CONSUMERS, 256)
         if APPLY is not None:
             terms = _load_terms(
-                LOAD, operands, bias_smem, slot * CONSUMERS + WG, place, column0, window, s_layout, False
+                LOAD, operands, term_smem, slot * CONSUMERS + WG, place, column0, window, s_layout, False
             )
         s = warpgroup_mma_wait(PV_GROUPS if OVERLAP else 0, [s])
         _arrive(K_EMPTY + slot, THREADS)
@@ -594,7 +621,7 @@ def _consume(
 ):  # fmt: skip
     """Consumer warp group number WG: its ROWS rows of every tile."""
     o_descs, lse_ptr, sinks_ptr, operands, q_smem, o_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full = args[:12]
-    work, window, ranges, scale, seed_ptr, threshold, keep_scale, bias_smem = args[12:]
+    work, window, ranges, scale, seed_ptr, threshold, keep_scale, term_smem = args[12:]
     m_tiles, q_heads, group, part_ptr, parts = work[2:]
     seqlen_q, seqlen_k, left, right = window
     DV: gl.constexpr = o_descs[0].block_type.shape[3]
@@ -641,7 +668,7 @@ def _consume(
             _arrive(TURN + (WG + 1) % CONSUMERS, 256)
         if APPLY is not None:
             terms = _load_terms(
-                LOAD, operands, bias_smem, slot * CONSUMERS + WG, place, column0, (seqlen_q, keys), s_layout, True
+                LOAD, operands, term_smem, slot * CONSUMERS + WG, place, column0, (seqlen_q, keys), s_layout, True
             )
         s = warpgroup_mma_wait(0, [s])
         _arrive(K_EMPTY + slot, THREADS)
@@ -673,7 +700,7 @@ def _consume(
             open_stop = gl.maximum(open_stop, first)
             o, packed, l_i, m_i, it = _kv_loop(
                 o, packed, l_i, m_i, it, tile, open_stop, place, scale,
-                q, k_smem, v_smem, k_full, v_full, operands, bias_smem, window, random,
+                q, k_smem, v_smem, k_full, v_full, operands, term_smem, window, random,
                 WG, CONSUMERS, STAGES, PING_PONG, OVERLAP, True, LEFT, RIGHT, LOAD, APPLY, UNIT, DROPOUT,
                 s_layout, p_layout,
             )  # fmt: skip
@@ -687,14 +714,14 @@ def _consume(
             open_first = gl.minimum(open_first, open_stop)
         o, packed, l_i, m_i, it = _kv_loop(
             o, packed, l_i, m_i, it, open_stop, open_first, place, scale,
-            q, k_smem, v_smem, k_full, v_full, operands, bias_smem, window, random,
+            q, k_smem, v_smem, k_full, v_full, operands, term_smem, window, random,
             WG, CONSUMERS, STAGES, PING_PONG, OVERLAP, False, LEFT, RIGHT, OPEN_LOAD, OPEN_APPLY, UNIT,
             DROPOUT, s_layout, p_layout,
         )  # fmt: skip
         if LEFT or ranges is not None:
             o, packed, l_i, m_i, it = _kv_loop(
                 o, packed, l_i, m_i, it, open_first, first, place, scale,
-                q, k_smem, v_smem, k_full, v_full, operands, bias_smem, window, random,
+                q, k_smem, v_smem, k_full, v_full, operands, term_smem, window, random,
                 WG, CONSUMERS, STAGES, PING_PONG, OVERLAP, True, LEFT, RIGHT, LOAD, APPLY, UNIT, DROPOUT,
                 s_layout, p_layout,
             )  # fmt: skip
@@ -764,7 +791,7 @@ def _parts(first, second):
 )  # fmt: skip
 def forward_kernel(
     q_desc, q_desc2, k_desc, k_desc2, v_desc, v_desc2, o_desc, o_desc2, lse_ptr, order_ptr, sinks_ptr, ranges, operands,
-    bias_desc, bias_batch, bias_head, part_ptr, parts, tiles, m_tiles, q_heads, group, seqlen_q, seqlen_k, left, right,
+    term_desc, term_batch, term_head, part_ptr, parts, tiles, m_tiles, q_heads, group, seqlen_q, seqlen_k, left, right,
     scale, seed_ptr, threshold, keep_scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
     OPEN_APPLY: gl.constexpr, UNIT: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
@@ -774,7 +801,7 @@ def forward_kernel(
     """With part_ptr, the keys are split into parts, and each part of O goes there, float32 [B * H, parts, Sq, Dv].
 
     Dv is that of o_desc's block and o_desc2's; lse is [B * H, parts, Sq] then, and o_desc is not written to.
-    With bias_desc, the first operand comes by it; bias_batch and bias_head say whether it differs from one to the next.
+    With term_desc, the first operand comes by it; term_batch and term_head say whether it differs from one to the next.
     """
     BLOCK_N: gl.constexpr = k_desc.block_type.shape[2]
     q_descs = _parts(q_desc, q_desc2)
@@ -791,21 +818,21 @@ def forward_kernel(
     q_empty = _barriers(CONSUMERS)
     k_full = _barriers(STAGES)
     v_full = _barriers(STAGES)
-    bias_smem = ()
-    bias = ()
-    if bias_desc is not None:
-        bias_smem = _ring((bias_desc,), STAGES * CONSUMERS)
-        bias = (bias_desc, bias_smem[0], bias_batch, bias_head)
+    term_smem = ()
+    term = ()
+    if term_desc is not None:
+        term_smem = _ring((term_desc,), STAGES * CONSUMERS)
+        term = (term_desc, term_smem[0], term_batch, term_head)
     fence_async_shared()
 
     work = (order_ptr, tiles, m_tiles, q_heads, group, part_ptr, parts)
     window = (seqlen_q, seqlen_k, left, right)
     produce = (
-        q_descs, k_descs, v_descs, q_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full, work, window, ranges, bias
+        q_descs, k_descs, v_descs, q_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full, work, window, ranges, term
     )  # fmt: skip
     consume = (
         o_descs, lse_ptr, sinks_ptr, operands, q_smem, o_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full,
-        work, window, ranges, scale, seed_ptr, threshold, keep_scale, bias_smem,
+        work, window, ranges, scale, seed_ptr, threshold, keep_scale, term_smem,
     )  # fmt: skip
     DROPOUT: gl.constexpr = seed_ptr is not None
     SINKS: gl.constexpr = sinks_ptr is not None

@@ -19,6 +19,8 @@ from fa3_inductor.kernels.fp8_kernel import fp8_kernel
 from fa3_inductor.kernels.quantise import (
     matrix_columns,
     orthogonal,
+    round_trip_arguments,
+    round_trip_kernel,
     rows_arguments,
     rows_kernel,
     signed_hadamard,
@@ -203,6 +205,38 @@ def attention_quantised(
     return _run(call, buffers, bias, mask, sinks, formulas)
 
 
+def round_trip(x: Tensor, rows: int, seed: int | None) -> Tensor:
+    """What `attention_quantised` leaves of q or k, on a Hopper GPU, or, with seed None, of v: rounded, and turned back.
+
+    Args:
+        x: [B, H, S, D], BF16 or FP16; rows: how many of them share a scale.
+
+    Returns:
+        x's dtype and shape, as `output_like` has it.
+    """
+    if x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return round_trip(x, rows, seed)
+    x = x if x.stride(3) == 1 else addressable(x)
+    to = output_like(x, x.shape[3])
+    if to.numel():
+        key = key_of(x), rows, seed
+        call = _round_trips.get(key)
+        if call is None:
+            matrix = None if seed is None else orthogonal(matrix_columns(x.shape[3]), x.dtype, x.get_device(), seed)
+            grid, args, options = round_trip_arguments(x.detach(), to, matrix, rows)
+            tensors = (args[0], to, *(() if matrix is None else (matrix,)))
+            prepared = launch.prepare(round_trip_kernel, grid, args, tensors, options)
+            if len(_round_trips) >= _MAX_CALLS:
+                _round_trips.clear()
+            call = _round_trips[key] = prepared, () if matrix is None else (matrix.data_ptr(),)
+        call[0](driver.active.get_current_stream(x.get_device()), x.data_ptr(), to.data_ptr(), *call[1])
+    return to
+
+
+_round_trips: dict = {}
+
+
 class _Call(NamedTuple):
     """One problem with everything settled but the addresses; like the forward's, it holds no tensor."""
 
@@ -302,12 +336,15 @@ def _prepare(
 def blocks(q: Tensor, v: Tensor, seed: int | None, with_terms: bool) -> dict:
     """How `attention_quantised` rounds, as `reference.attention_quantised_reference` is told of it."""
     keys = tile_for(q.shape[3], v.shape[3], with_terms).block_n
-    if seed is None:
-        return dict(rows=ROWS, keys=keys)
+    return dict(rows=ROWS, keys=keys, matrix=None if seed is None else matrix_of(q, seed))
+
+
+def matrix_of(q: Tensor, seed: int) -> Tensor:
+    """What `attention_quantised` multiplies q and k by: sqrt(size) times an orthogonal matrix, float32 [size, size]."""
     matrix, *second = signed_hadamard(matrix_columns(q.shape[3]), seed).to(q.device)
     if second:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([second[0], -second[0]], 1)])
-    return dict(rows=ROWS, keys=keys, matrix=matrix)
+    return matrix
 
 
 def _transposed_like(v: Tensor) -> Tensor:

@@ -320,6 +320,8 @@ def cases() -> dict[str, functools.partial]:
         ("d256-bias", (256, 256, "full", bf16), dict(bias="bhqk")),
         ("d128-key-mask", (128, 128, "causal", bf16), dict(mask="bk")),
         ("d64-mask", (64, 64, "full", bf16), dict(mask="bqk")),
+        ("d128-mask", (128, 128, "full", bf16), dict(mask="qk")),
+        ("d256-causal-mask", (256, 256, "causal", bf16), dict(mask="bhqk")),
         ("d64-softcap", (64, 64, "causal", bf16), dict(softcap=50.0)),
         ("d256-softcap-window", (256, 256, "window", bf16), dict(softcap=50.0)),
         ("d64-sinks-window", (64, 64, "window", bf16), dict(sinks=True)),

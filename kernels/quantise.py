@@ -82,6 +82,52 @@ def rows_kernel(
 
 
 @triton.jit
+def _rounded(y, scale, dtype: tl.constexpr):
+    """What e4m3 makes of y / scale, as 16-bit numbers, which hold all of it."""
+    return (y / scale).to(tl.float8e4nv).to(tl.float32).to(dtype)
+
+
+@triton.jit
+def round_trip_kernel(
+    x_ptr, to_ptr, matrix_ptr, x_batch, x_head, x_row, to_batch, to_head, to_row, heads, seqlen, blocks, head_dim,
+    factor,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INCOHERENT: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """One program for each block of ROWS rows: what `rows_kernel` makes of x, times the scales and turned back."""
+    flat = tl.program_id(0) // blocks
+    row = (tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    batch, head = (flat // heads).to(tl.int64), (flat % heads).to(tl.int64)
+    column = tl.arange(0, COLUMNS)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    x = _rows_of(x_ptr, batch, head, row, x_batch, x_head, x_row, column, seqlen, head_dim)
+    to = to_ptr + batch * to_batch + head * to_head + row * to_row + column[None, :]
+    inside = (row < seqlen) & (column < head_dim)[None, :]
+    if INCOHERENT:
+        at = matrix_ptr + tl.arange(0, COLUMNS)[:, None] * COLUMNS + column[None, :]
+        matrix = tl.load(at)
+    if HALVES:
+        x2 = _rows_of(x_ptr, batch, head, row, x_batch, x_head, x_row, COLUMNS + column, seqlen, head_dim)
+        matrix2 = tl.load(at + COLUMNS * COLUMNS)
+        left, right = tl.dot(x, matrix), tl.dot(x2, matrix2)
+        y, y2 = _finite(left + right), _finite(left - right)
+        scale = tl.maximum(_scale_of(y), _scale_of(y2))
+        y, y2 = _rounded(y, scale, dtype), _rounded(y2, scale, dtype)
+        z = tl.dot(y, tl.trans(matrix)) + tl.dot(y2, tl.trans(matrix))
+        z2 = tl.dot(y, tl.trans(matrix2)) - tl.dot(y2, tl.trans(matrix2))
+        inside2 = (row < seqlen) & (COLUMNS + column < head_dim)[None, :]
+        tl.store(to + COLUMNS, (z2 * (scale * factor)).to(dtype), mask=inside2)
+    elif INCOHERENT:
+        y = _finite(tl.dot(x, matrix))
+        scale = _scale_of(y)
+        z = tl.dot(_rounded(y, scale, dtype), tl.trans(matrix))
+    else:
+        y = _finite(x)
+        scale = _scale_of(y)
+        z = _rounded(y, scale, dtype).to(tl.float32)
+    tl.store(to, (z * (scale * factor)).to(dtype), mask=inside)
+
+
+@triton.jit
 def values_kernel(
     v_ptr, to_ptr, scales_ptr, v_batch, v_head, v_row, heads, seqlen, padded, blocks, head_dim,
     KEYS: tl.constexpr, COLUMNS: tl.constexpr, SCALED: tl.constexpr,
@@ -136,6 +182,25 @@ def rows_arguments(
         x, to, scales, matrix, *x.stride()[:3], heads, seqlen, blocks, total, head_dim, width, rows, columns,
         matrix is not None, halves, steps,
     ), options  # fmt: skip
+
+
+def round_trip_arguments(
+    x: Tensor, to: Tensor, matrix: Tensor | launch.DeviceInts | None, rows: int
+) -> tuple[tuple[int, int, int], tuple, dict]:
+    """The grid, the arguments and the options of the kernel.
+
+    Args:
+        x, to: BF16 or FP16 [B, H, S, D], D contiguous.
+        matrix: of `orthogonal`, or None; rows: that share a scale.
+    """
+    batch, heads, seqlen, head_dim = x.shape
+    width = matrix_columns(head_dim)
+    halves = matrix is not None and width > _MATRIX
+    columns, blocks = width // 2 if halves else width, triton.cdiv(seqlen, rows)
+    return (batch * heads * blocks, 1, 1), (
+        x, to, matrix, *x.stride()[:3], *to.stride()[:3], heads, seqlen, blocks, head_dim,
+        1.0 if matrix is None else 1.0 / width, rows, columns, matrix is not None, halves,
+    ), {"num_warps": 8 if rows * columns > 64 * 128 else 4}  # fmt: skip
 
 
 def values_arguments(

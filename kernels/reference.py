@@ -175,6 +175,15 @@ def attention_quantised_reference(
     return out.to(dtype), lse
 
 
+def round_trip_reference(x: Tensor, rows: int, matrix: Tensor | None = None) -> Tensor:
+    """What `attention_quantised_reference` leaves of q, k or v, x: turned back by the matrix, and in x's dtype."""
+    y = x.float() if matrix is None else torch.nn.functional.pad(x.float(), (0, len(matrix) - x.shape[3])) @ matrix
+    y = _dequantised(*rounded_to_e4m3(y, rows), rows)
+    if matrix is not None:
+        y = (y @ matrix.mT / (matrix[0] @ matrix[0]))[..., : x.shape[3]]
+    return y.to(x.dtype)
+
+
 def rounded_to_e4m3(x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """x: [B, H, S, D] in float8_e4m3fn, and the scale of each block of `rows` rows, float32 [B, H, blocks].
 

@@ -38,7 +38,7 @@ class ScoreTerm:
 
     `axes` says along which of (batch, head, query, key) it varies. If `aligned`, keys are neighbours in memory and
     the address and all other strides are multiples of ALIGNED elements, by which they are then counted. If `shared`,
-    the kernel brings tiles of it to shared memory.
+    the kernel has TMA bring tiles of it to shared memory.
     """
 
     kind: str
@@ -76,13 +76,14 @@ class ScoreProgram:
 
 def program_of(
     bias: Tensor | None, mask: Tensor | None, softcap: float | None, shape: tuple[int, int, int, int],
-    formulas: Formulas = NO_FORMULAS, *, share_bias: bool = False,
+    formulas: Formulas = NO_FORMULAS, *, room: int = 0,
 ) -> tuple[ScoreProgram, tuple]:  # fmt: skip
     """The program for scores of `shape` [B, Hq, Sq, Sk], and the kernel's operands for it, nested as it reads them.
 
     Args:
         bias, mask: broadcastable to `shape`, as are the tables of `formulas`.
-        share_bias: whether the bias comes by way of shared memory, if TMA can bring it.
+        room: for how many bytes of every score there is room in shared memory: for 2, a bias in 16 bits comes by way of
+            it, for 1, a mask, if it is the first operand and TMA can bring it.
 
     Raises:
         ValueError: one of them is not.
@@ -98,7 +99,9 @@ def program_of(
         if aligned:
             strides[:3] = (stride // ALIGNED for stride in strides[:3])
         axes = tuple(stride != 0 for stride in strides)
-        shared = share_bias and kind == "bias" and aligned and whole.element_size() == 2 and all(axes[2:])
+        size = whole.element_size()
+        shared = not terms and aligned and all(axes[2:]) and (kind, size) in (("bias", 2), ("mask", 1)) and size <= room
+        shared = shared and not (whole.data_ptr() % 16 or any(s * size % 16 for s in whole.stride()[:3]))
         terms.append(ScoreTerm(kind, axes, aligned, shared))
         operands.append((whole, *(stride for stride in strides[: 3 if aligned else 4] if stride)))
     return ScoreProgram(softcap, tuple(terms), formulas.bias, formulas.mask, formulas.score), tuple(operands)
@@ -150,10 +153,19 @@ def shown(program: ScoreProgram, backward: bool = False):
     return triton.jit(*_compiled(source, f"<fa3_inductor {program} {backward} shown>", tl, "shown"))
 
 
+@gluon.jit
+def _hide(s, mask):
+    """s, and -inf where the mask is 0. With `where`, triton 3.6 compares before s is there, and packs the bits."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s16 p, $2, 0; selp.f32 $0, $1, 0fFF800000, p; }", "=f,f,h",
+        [s, mask.to(gl.int16)], gl.float32, True, 1,
+    )  # fmt: skip
+
+
 def _compiled(source: str, filename: str, language, *names: str) -> tuple:
     # Triton reads a function's source where inspect finds it.
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    namespace = {"gl": language, "__name__": __name__}
+    namespace = {"gl": language, "_hide": _hide, "__name__": __name__}
     exec(compile(source, filename, "exec"), namespace)
     return tuple(namespace[name] for name in names)
 
@@ -263,12 +275,14 @@ def _apply_source(program: ScoreProgram, backward: bool) -> str:
     biases = [f"loaded[{n}].to(gl.float32){_along(t, backward)}" for n, t in _of_kind(program, "bias")]
     if "b" in names(program.score_formula):
         biases = []
-    conditions = [f"(loaded[{n}] != 0){_along(t, backward)}" for n, t in _of_kind(program, "mask")]
+    masks = _of_kind(program, "mask")
+    conditions = [f"(loaded[{n}] != 0){_along(t, backward)}" for n, t in masks if not all(t.axes[2:])]
     if program.mask_formula:
         conditions.append(device_source(program.mask_formula, by_name))
     lines += [f"    s = s + {bias}" + f" * {factor}" * bool(factor) for bias in biases]
     if program.bias_formula:
         lines.append(f"    s = s + {device_source(program.bias_formula, by_name, factor)}")
+    lines += [f"    s = _hide(s, loaded[{n}])" for n, t in masks if all(t.axes[2:])]
     lines += [f'    s = gl.where({condition}, s, float("-inf"))' for condition in conditions]
     if backward:
         slope = "slope" if program.score_formula else "r * (4.0 - 4.0 * r)"

@@ -167,7 +167,7 @@ def test_a_scale_that_needs_a_gradient():
     args = [*qkv(), *(scale().requires_grad_() for _ in "qkv")]
     compiled, report = fuse(sdpa)
     grads = torch.autograd.grad(compiled(*args).float().sum(), args[3:])
-    assert "it has no gradient" in report.sites[0].detail
+    assert "8-bit tensors have no gradient" in report.sites[0].detail
     for got, want in zip(grads, torch.autograd.grad(sdpa(*args).float().sum(), args[3:])):
         torch.testing.assert_close(got, want, rtol=0.1, atol=1.0)
 
@@ -190,9 +190,8 @@ def test_quantize(seed, dtype):
     assert out.dtype == dtype and 1e-3 < distance(out, written_out(q.double(), k.double(), v.double())) < 0.07
 
 
-def test_quantize_is_for_inference_in_16_bits():
+def test_quantize_is_for_many_rows_in_16_bits():
     for args, why in (
-        ([x.requires_grad_() for x in torch.randn(3, B, H, S, D).bfloat16().unbind()], "it has no gradient"),
         (list(torch.randn(3, B, H, S, D).unbind()), "float32 is not rounded to 8 bits"),
         ([torch.randn(B, H, n, D).bfloat16() for n in (1, S, S)], "takes longer than one query's attention"),
     ):
@@ -201,6 +200,52 @@ def test_quantize_is_for_inference_in_16_bits():
             compiled(*args)
         (site,) = report.sites
         assert site.status == "fused" and site.dtype != "float8_e4m3fn" and why in site.detail, site.detail
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_quantize_in_training(causal, dynamic):
+    """Gradients in 16 bits, no further off than the rounding is."""
+    torch._dynamo.reset()
+    later = torch.ones(S, S).tril() == 0
+    fn = lambda q, k, v: written_out(q, k, v)  # noqa: E731
+    if causal:
+        fn = lambda q, k, v: torch.softmax((q @ k.mT * 0.2).masked_fill(later, -torch.inf), -1) @ v  # noqa: E731
+    args = [x.requires_grad_() for x in torch.randn(3, B, H, S, D).bfloat16().unbind()]
+    double = [x.detach().double().requires_grad_() for x in args]
+    grad = torch.randn(B, H, S, D).bfloat16()
+    with config.patch(fp8="quantize"):
+        compiled = torch.compile(fn, backend="fa3_inductor", dynamic=dynamic, options={"target": "reference"})
+        out = compiled(*args)
+        grads = torch.autograd.grad(out, args, grad)
+    (site,) = fa3_inductor.reports().sites[-1:]
+    assert site.kernel == "fa3::attention_quantised (PyTorch)" and site.dtype == "float8_e4m3fn", site.detail
+    exact = fn(*double)
+    assert 1e-3 < distance(out, exact) < 0.07
+    for got, want in zip(grads, torch.autograd.grad(exact, double, grad.double())):
+        assert got.dtype == BF16 and 1e-3 < distance(got, want) < 0.12
+
+
+class Biased(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.randn(H, S, S, dtype=BF16))
+
+    def forward(self, q, k, v):
+        return torch.softmax((q @ k.mT * 0.2 + self.bias).float(), -1).to(q.dtype) @ v
+
+
+def test_quantize_of_a_learned_bias():
+    model = Biased()
+    args = [x.requires_grad_() for x in torch.randn(3, B, H, S, D).bfloat16().unbind()]
+    with config.patch(fp8="quantize"):
+        compiled, report = fuse(model)
+        out = compiled(*args)
+    assert report.sites[0].dtype == "float8_e4m3fn", report.sites[0].detail
+    grads = torch.autograd.grad(out.square().sum(), [*args, model.bias])
+    double = [x.detach().double().requires_grad_() for x in args]
+    exact = torch.autograd.grad(model.double()(*double).square().sum(), [*double, model.bias])
+    assert all(distance(got, want) < 0.12 for got, want in zip(grads, exact))
 
 
 def broadcast_queries(q, k, v):

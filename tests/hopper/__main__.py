@@ -13,7 +13,7 @@ from fa3_inductor.kernels import backward, forward
 from fa3_inductor.kernels.backward import attention_backward
 from fa3_inductor.kernels.formulas import Formulas
 from fa3_inductor.kernels.forward import attention_forward
-from fa3_inductor.kernels.fp8 import attention_fp8, attention_quantised
+from fa3_inductor.kernels.fp8 import attention_fp8, attention_quantised, round_trip
 
 BATCH, Q_HEADS, KV_HEADS, SEQLEN_Q, SEQLEN_K = 2, 4, 2, 200, 333
 
@@ -61,6 +61,8 @@ def every_kernel() -> None:
         )
         if "seed" not in options and not deterministic:
             attention_quantised(q, k, v, bias, mask, sinks=sinks, **options)
+            for x, seed in ((q, 0), (v, None)):
+                round_trip(x, 64, seed)
             if head_dim % 16 == 0:
                 eighths = (x.to(torch.float8_e4m3fn) for x in (q, k, v))
                 attention_fp8(*eighths, one, one, one, bias, mask, sinks=sinks, **options)

@@ -13,7 +13,7 @@ import torch
 from fa3_inductor.kernels.dropout import keep_scale, kept_weights
 from fa3_inductor.kernels.formulas import NO_FORMULAS, Formulas, evaluate
 
-LENGTHS = [1, 2, 63, 64, 127, 128, 129, 191, 257, 1000, 4097]
+LENGTHS = [1, 2, 63, 64, 127, 128, 129, 191, 257, 1000, 1024, 4097]
 LAYOUTS = ["bhsd", "bshd", "gated", "packed", "padded", "misaligned", "offset", "strided", "expanded"]
 
 

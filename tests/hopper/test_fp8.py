@@ -6,11 +6,14 @@ import random
 import pytest
 import torch
 
+from fa3_inductor import ops  # noqa: F401  (registers the operators)
 from fa3_inductor.kernels import output_like
+from fa3_inductor.kernels.formulas import NO_FORMULAS
 from fa3_inductor.kernels.reference import (
     attention_fp8_reference,
     attention_quantised_reference,
     attention_reference,
+    round_trip_reference,
     rounded_to_e4m3,
 )
 
@@ -115,6 +118,40 @@ def check_rounded_operands(seed, qkv, options):
     assert out.dtype == q.dtype and lies_like(out, output_like(q, v.shape[3])) and lse.is_contiguous()
     as_good(out, reference, exact)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=2e-2)  # a rounded score may go either way
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_gradients_of_rounded_operands(seed):
+    """They are those of the rounded values."""
+    for again in SIZES:
+        check_gradients(seed, *drawn(seed + 2000, again))
+
+
+def check_gradients(seed, qkv, options):
+    signs = random.Random(seed).choice([None, 0, 7])
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    with_terms = any(n in options for n in ("bias", "mask", "softcap", "formulas"))
+    keys = tile_for(qkv[0].shape[3], qkv[2].shape[3], with_terms).block_n
+    matrix = None if signs is None else fp8.matrix_of(qkv[0], signs)
+    rounded = torch.ops.fa3.round_trip(*qkv, keys, signs, "hopper")
+    for x, y, n, by in zip(qkv, rounded, (64, keys, keys), (matrix, matrix, None)):
+        assert lies_like(y, output_like(x, x.shape[3])) and y.dtype == x.dtype
+        # A number that lies between two of e4m3 may go to either, as the last bits of quotients and sums are.
+        assert error(y, round_trip_reference(x, n, by)) < 5e-3
+    double = [x.double().requires_grad_() for x in rounded]
+    formulas = options.get("formulas", NO_FORMULAS)
+    out, lse = torch.ops.fa3.attention_quantised(
+        *leaves, options.get("bias"), options.get("mask"), options["scale"], options["window_left"],
+        options["window_right"], "hopper", signs, options.get("softcap"), options.get("sinks"), seed % 2 == 1,
+        formulas.bias, formulas.mask, formulas.score, *formulas.tables,
+    )  # fmt: skip
+    of_double = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in options.items()}
+    exact, _ = attention_reference(*double, **of_double)
+    dout = torch.randn_like(out)
+    got, want = torch.autograd.grad(out, leaves, dout), torch.autograd.grad(exact, double, dout.double())
+    size = max(x.norm().item() for x in want) + 1e-6
+    for a, b, x in zip(got, want, qkv):
+        assert a.dtype == x.dtype and (a.double() - b).norm().item() < 0.06 * b.norm().item() + 2e-3 * size
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

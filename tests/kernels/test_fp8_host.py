@@ -103,8 +103,43 @@ def test_opcheck_quantised(seed, layout):
     torch.library.opcheck(torch.ops.fa3.attention_quantised.default, args)
 
 
-def test_there_is_no_gradient():
-    q, k, v = (x.float().requires_grad_() for x in qkv())
-    out, _ = torch.ops.fa3.attention_quantised(q, k, v, None, None, 0.3, None, None, "reference", 0)
-    with pytest.raises(NotImplementedError, match="attention in FP8 has no gradient"):
+def leaves():
+    return [x.to(torch.bfloat16).requires_grad_() for x in qkv()]
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_gradients_are_those_of_the_rounded_values(seed, softcap):
+    q, k, v = leaves()
+    bias, sinks = torch.randn(4, 20, 36).requires_grad_(softcap is None), torch.randn(4, requires_grad=True)
+    inputs = [x for x in (q, k, v, bias, sinks) if x.requires_grad]
+    options = (bias, None, 0.3, None, 2, "reference")
+    results = torch.ops.fa3.attention_quantised(q, k, v, *options, seed, softcap, sinks)
+    rounded = torch.ops.fa3.round_trip(*(x.detach() for x in (q, k, v)), 128, seed, "reference")
+    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in (*rounded, bias, sinks)]
+    for x in exact[:3]:
+        x.requires_grad_()
+    of_reference = attention_reference(*exact[:4], scale=0.3, window_right=2, softcap=softcap, sinks=exact[4])
+    grads = [torch.randn_like(x) for x in results]
+    got = torch.autograd.grad(results, inputs, grads)
+    want = torch.autograd.grad(of_reference, [x for x in exact if x.requires_grad], [g.double() for g in grads])
+    for a, b, x in zip(got, want, inputs):
+        assert a.dtype == x.dtype and (a - b).norm() / b.norm() < 0.06
+    for x, y in zip((q, k, v), rounded):
+        assert 1e-3 < (x.double() - y).norm() / x.double().norm() < 0.04
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_opcheck_of_gradients(seed):
+    args = (*leaves(), torch.randn(4, 20, 36).requires_grad_(), None, 0.3, 30, None, "reference", seed, None)
+    torch.library.opcheck(torch.ops.fa3.attention_quantised.default, (*args, torch.randn(4).requires_grad_(), True))
+    torch.library.opcheck(torch.ops.fa3.round_trip.default, (*(x.detach() for x in leaves()), 64, seed, "reference"))
+
+
+def test_there_is_no_gradient_of_eight_bits():
+    one = torch.ones(1, 1).requires_grad_()
+    out, _ = torch.ops.fa3.attention_fp8(
+        *qkv(), one, one, one, None, None, 0.3, None, None, "reference", torch.bfloat16
+    )
+    with pytest.raises(NotImplementedError, match="attention of FP8 tensors has no gradient"):
         out.sum().backward()

@@ -300,6 +300,6 @@ def test_formulas_in_8_bits(operator):
         )
     else:
         call = lambda *terms, more=(): torch.ops.fa3.attention_quantised(  # noqa: E731
-            q, k, v, *terms, *rest, 0, None, None, *more
+            q, k, v, *terms, *rest, 0, None, None, False, *more
         )
     torch.testing.assert_close(call(None, None, more=formulas), call(bias.float(), mask))

@@ -60,6 +60,23 @@ def wrong_turned(seqlen, head_dim, rows):
         yield "turned"
 
 
+def wrong_round_trip(seqlen, head_dim, rows, dtype, layout, seed):
+    """What e4m3 holds comes back as it was; with a matrix, unit vectors, which it turns into 1 and -1."""
+    from fa3_inductor.kernels.quantise import matrix_columns, round_trip_arguments, round_trip_kernel, signed_hadamard
+
+    if seed is None:
+        x, matrix = numbers(2, 2, seqlen, head_dim, dtype, layout, rows), None
+    else:
+        x = torch.nn.functional.one_hot(torch.arange(2 * seqlen * 2) * 7 % head_dim, head_dim).to(dtype)
+        x = x.view(2, seqlen, 2, head_dim).transpose(1, 2)
+        matrix = signed_hadamard(matrix_columns(head_dim), seed).to(dtype)
+    to = torch.full_like(x, float("nan"))
+    grid, args, _ = round_trip_arguments(x, to, matrix, rows)
+    round_trip_kernel[grid](*args)
+    if not torch.allclose(to, x):
+        yield "round trip"
+
+
 def wrong_values(seqlen, head_dim, keys, dtype, layout):
     from fa3_inductor.kernels.quantise import values_arguments, values_kernel
     from fa3_inductor.kernels.reference import rounded_to_e4m3
@@ -88,8 +105,10 @@ def cases():
         yield name, wrong_rows(seqlen, head_dim, 64, next(dtypes), layout)
         yield name, wrong_values(seqlen, head_dim, 128, next(dtypes), layout)
         yield name, wrong_values(seqlen, head_dim, 128, None, layout)
+        yield name, wrong_round_trip(seqlen, head_dim, 64, next(dtypes), layout, None)
     for head_dim in (16, 40, 64, 128, 192, 256):
         yield head_dim, wrong_turned(100, head_dim, 64)
+        yield head_dim, wrong_round_trip(100, head_dim, 64, torch.float16, "plain", 3)
     yield "many blocks", wrong_turned(8 * 132 * 16 + 5, 16, 16)
 
 

@@ -55,7 +55,8 @@ def scores_by_program(products, bias, mask, softcap, formulas=NO_FORMULAS):
     operands = tuple((Pointer(tensor), *strides) for tensor, *strides in operands)
     reads: list = []
     gl = fake_gl(reads)
-    load, apply = (types.FunctionType(f.fn.__code__, {"gl": gl, "float": float}) for f in (load, apply))
+    names = {"gl": gl, "float": float, "_hide": lambda s, mask: torch.where(mask != 0, s, -math.inf)}
+    load, apply = (types.FunctionType(f.fn.__code__, names) for f in (load, apply))
     result = torch.full_like(products, math.nan)
     for b in range(BATCH):
         for h in range(HEADS):
@@ -192,7 +193,8 @@ def test_derivatives_of_scores(text, function):
     program, operands = terms.program_of(None, None, None, SHAPE, Formulas("", "", (SLOPES,), text))
     load, apply, _ = terms.functions(program, backward=True)
     gl = fake_gl([])
-    load, apply = (types.FunctionType(f.fn.__code__, {"gl": gl, "float": float}) for f in (load, apply))
+    names = {"gl": gl, "float": float, "_hide": lambda s, mask: torch.where(mask != 0, s, -math.inf)}
+    load, apply = (types.FunctionType(f.fn.__code__, names) for f in (load, apply))
     operands = tuple((Pointer(tensor), *strides) for tensor, *strides in operands)
     rows, columns = torch.arange(SEQLEN_Q + 8), torch.arange(SEQLEN_K)
     products = torch.randn(SEQLEN_K, SEQLEN_Q + 8)
@@ -264,6 +266,19 @@ def test_alignment_is_claimed_only_where_it_holds():
         assert terms.program_of(bias, None, None, SHAPE)[0].terms[0].aligned == aligned
     shifted = torch.randn(HEADS * SEQLEN_Q * SEQLEN_K + 1)[1:].view(1, HEADS, SEQLEN_Q, SEQLEN_K)
     assert not terms.program_of(shifted, None, None, SHAPE)[0].terms[0].aligned
+
+
+def test_what_tma_brings():
+    """The first operand, a bias in 16 bits or a mask, of queries and keys, in steps of 16 bytes, if there is room."""
+    bias, mask = torch.randn(1, HEADS, SEQLEN_Q, SEQLEN_K).bfloat16(), torch.ones(BATCH, 1, SEQLEN_Q, SEQLEN_K).bool()
+    shared = lambda *of, room=2: [t.shared for t in terms.program_of(*of, None, SHAPE, room=room)[0].terms]  # noqa: E731
+    assert shared(bias, None) == shared(None, mask) == shared(None, mask, room=1) == [True]
+    assert shared(bias, mask) == [True, False] and shared(bias.float(), mask) == [False, False]
+    assert shared(bias, None, room=1) == shared(None, mask, room=0) == [False]
+    assert shared(None, mask[..., :1, :]) == shared(None, mask[..., :1]) == [False]
+    assert shared(None, torch.ones(BATCH, 1, SEQLEN_Q, SEQLEN_K + 8).bool()[..., :SEQLEN_K]) == [False]
+    formulas = Formulas(mask="t0 != 0", tables=(torch.ones(1, 1, 1, SEQLEN_K),))
+    assert [t.shared for t in terms.program_of(None, mask, None, SHAPE, formulas, room=2)[0].terms] == [False, False]
 
 
 def test_what_does_not_broadcast_is_refused():
