@@ -6,7 +6,8 @@ Import this module to register them. They are opaque to Inductor, functional, di
 v, bias and sinks; of FP8 tensors not at all), and have fakes for every shape, symbolic ones included. Of `target`,
 "hopper" runs the Gluon kernels on CUDA tensors, "reference" the plain PyTorch specification; CPU tensors always take
 the reference. With a `seed`, int64 [1], weights are dropped with probability `dropout_p`, by the rule of
-`fa3_inductor.kernels.dropout`; with `deterministic`, gradients are summed up in one order.
+`fa3_inductor.kernels.dropout`; with `deterministic`, gradients are summed up in one order. With `out_scale`, one
+float32, the result comes multiplied by it and in float8_e4m3fn, what is larger as 448, and has no gradient.
 `fa3_inductor.kernels.reference` says what the other arguments mean; `bias_formula`, `mask_formula`, `score_formula` and
 the tables `t0` to `t3` are `fa3_inductor.kernels.formulas.Formulas`.
 """
@@ -28,6 +29,7 @@ from fa3_inductor.kernels.reference import (
 _MASKING = "float scale, SymInt? window_left, SymInt? window_right, str target"
 _SOFTCAP = "float? softcap=None"
 _DETERMINISTIC = "bool deterministic=False"
+_OUT_SCALE = "Tensor? out_scale=None"
 MAX_TABLES = 4  # of the formulas of one attention
 _TABLES = ", ".join(f"Tensor? t{n}=None" for n in range(MAX_TABLES))
 _FORMULAS = f'str bias_formula="", str mask_formula="", str score_formula="", {_TABLES}'
@@ -38,7 +40,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 torch.library.define(
     "fa3::attention",
     f"(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, {_MASKING}, {_SOFTCAP}, "
-    f"Tensor? sinks=None, Tensor? seed=None, float dropout_p=0.0, {_DETERMINISTIC}, "
+    f"Tensor? sinks=None, Tensor? seed=None, float dropout_p=0.0, {_DETERMINISTIC}, {_OUT_SCALE}, "
     f"{_FORMULAS}) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
@@ -53,13 +55,13 @@ torch.library.define(
 torch.library.define(
     "fa3::attention_fp8",
     "(Tensor q, Tensor k, Tensor v, Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor? bias, Tensor? mask, "
-    f"{_MASKING}, ScalarType out_dtype, {_SOFTCAP}, Tensor? sinks=None, {_FORMULAS}) -> (Tensor, Tensor)",
+    f"{_MASKING}, ScalarType out_dtype, {_SOFTCAP}, Tensor? sinks=None, {_OUT_SCALE}, {_FORMULAS}) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 torch.library.define(
     "fa3::attention_quantised",
     f"(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, {_MASKING}, int? incoherent_seed, {_SOFTCAP}, "
-    f"Tensor? sinks=None, {_DETERMINISTIC}, {_FORMULAS}) -> (Tensor, Tensor)",
+    f"Tensor? sinks=None, {_DETERMINISTIC}, {_OUT_SCALE}, {_FORMULAS}) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 torch.library.define(
@@ -72,7 +74,7 @@ torch.library.define(
 @torch.library.impl("fa3::attention", "default")
 def _attention(
     q, k, v, bias, mask, scale, window_left, window_right, target, softcap=None, sinks=None, seed=None, dropout_p=0.0,
-    deterministic=False, *formulas,
+    deterministic=False, out_scale=None, *formulas,
 ):  # fmt: skip
     if target == "hopper" and q.is_cuda:
         from fa3_inductor.kernels.forward import attention_forward
@@ -80,27 +82,27 @@ def _attention(
         return attention_forward(
             q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap,
             sinks=None if sinks is None else sinks.contiguous(), seed=seed, dropout_p=dropout_p,
-            formulas=_formulas(*formulas),
+            formulas=_formulas(*formulas), out_scale=out_scale,
         )  # fmt: skip
     _check(q, k, v, bias, mask, target)
     out, lse = attention_reference(
         q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap,
         sinks=sinks, formulas=_checked(q, k, bias, formulas), **_dropout(q, k, seed, dropout_p),
     )  # fmt: skip
-    return output_like(q, v.shape[-1]).copy_(out), lse
+    return _result(q, v, out, q.dtype, out_scale), lse
 
 
 @torch.library.register_fake("fa3::attention")
 def _attention_fake(
     q, k, v, bias, mask, scale, window_left, window_right, target, softcap=None, sinks=None, seed=None, dropout_p=0.0,
-    deterministic=False, *formulas,
+    deterministic=False, out_scale=None, *formulas,
 ):  # fmt: skip
     _check(q, k, v, bias, mask, target)
     if seed is not None and (seed.dtype, seed.shape) != (torch.int64, (1,)):
         raise ValueError(f"fa3::attention: the seed of dropout is an int64 [1], not {seed.dtype} {list(seed.shape)}")
     if sinks is not None and sinks.shape != q.shape[1:2]:
         raise ValueError(f"fa3::attention: sinks are [{q.shape[1]}], one for each query head, not {list(sinks.shape)}")
-    return output_like(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
+    return _empty_result(q, v, q.dtype, out_scale), q.new_empty(q.shape[:3], dtype=_lse_dtype(q))
 
 
 @torch.library.impl("fa3::attention_backward", "default")
@@ -140,7 +142,7 @@ def _backward_fake(
 @torch.library.impl("fa3::attention_fp8", "default")
 def _attention_fp8(
     q, k, v, q_scale, k_scale, v_scale, bias, mask, scale, window_left, window_right, target, out_dtype, softcap=None,
-    sinks=None, *formulas,
+    sinks=None, out_scale=None, *formulas,
 ):  # fmt: skip
     options = dict(
         scale=scale, window_left=window_left, window_right=window_right, softcap=softcap, out_dtype=out_dtype,
@@ -149,16 +151,16 @@ def _attention_fp8(
     if target == "hopper" and q.is_cuda:
         from fa3_inductor.kernels.fp8 import attention_fp8
 
-        return attention_fp8(q, k, v, q_scale, k_scale, v_scale, bias, mask, **options)
+        return attention_fp8(q, k, v, q_scale, k_scale, v_scale, bias, mask, out_scale=out_scale, **options)
     _check(q, k, v, bias, mask, target)
     out, lse = attention_fp8_reference(q, k, v, q_scale, k_scale, v_scale, bias, mask, **options)
-    return output_like(q, v.shape[-1], out_dtype).copy_(out), lse
+    return _result(q, v, out, out_dtype, out_scale), lse
 
 
 @torch.library.register_fake("fa3::attention_fp8")
 def _attention_fp8_fake(
     q, k, v, q_scale, k_scale, v_scale, bias, mask, scale, window_left, window_right, target, out_dtype, softcap=None,
-    sinks=None, *formulas,
+    sinks=None, out_scale=None, *formulas,
 ):  # fmt: skip
     _check(q, k, v, bias, mask, target)
     if q.dtype != torch.float8_e4m3fn:
@@ -168,13 +170,13 @@ def _attention_fp8_fake(
             raise ValueError(
                 f"fa3::attention_fp8: scales are float32, of 2 or 3 dimensions, not {x.dtype}, of {x.ndim}"
             )
-    return output_like(q, v.shape[-1], out_dtype), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _empty_result(q, v, out_dtype, out_scale), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.impl("fa3::attention_quantised", "default")
 def _attention_quantised(
     q, k, v, bias, mask, scale, window_left, window_right, target, incoherent_seed, softcap=None, sinks=None,
-    deterministic=False, *formulas,
+    deterministic=False, out_scale=None, *formulas,
 ):  # fmt: skip
     from fa3_inductor.kernels import fp8
 
@@ -183,22 +185,22 @@ def _attention_quantised(
         sinks=None if sinks is None else sinks.contiguous(), formulas=_formulas(*formulas),
     )  # fmt: skip
     if target == "hopper" and q.is_cuda:
-        return fp8.attention_quantised(q, k, v, bias, mask, seed=incoherent_seed, **options)
+        return fp8.attention_quantised(q, k, v, bias, mask, seed=incoherent_seed, out_scale=out_scale, **options)
     _check(q, k, v, bias, mask, target)
     out, lse = attention_quantised_reference(
         q, k, v, bias, mask, **options,
         **fp8.blocks(q, v, incoherent_seed, fp8.has_terms(bias, mask, softcap, options["formulas"])),
     )  # fmt: skip
-    return output_like(q, v.shape[-1]).copy_(out), lse
+    return _result(q, v, out, q.dtype, out_scale), lse
 
 
 @torch.library.register_fake("fa3::attention_quantised")
 def _attention_quantised_fake(
     q, k, v, bias, mask, scale, window_left, window_right, target, incoherent_seed, softcap=None, sinks=None,
-    deterministic=False, *formulas,
+    deterministic=False, out_scale=None, *formulas,
 ):  # fmt: skip
     _check(q, k, v, bias, mask, target)
-    return output_like(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _empty_result(q, v, q.dtype, out_scale), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.impl("fa3::round_trip", "default")
@@ -224,20 +226,22 @@ def _no_gradient_of_fp8(ctx, *grads):
 
 def _setup_context(ctx, inputs, output):
     q, k, v, bias, mask, ctx.scale, ctx.window_left, ctx.window_right, ctx.target, ctx.softcap, sinks, *others = inputs
-    seed, ctx.dropout_p, ctx.deterministic, *formulas = others
+    seed, ctx.dropout_p, ctx.deterministic, out_scale, *formulas = others
     ctx.sinks_grad = sinks is not None and ctx.needs_input_grad[10]
-    _save(ctx, q, k, v, bias, mask, output, sinks, seed, formulas)
+    _save(ctx, q, k, v, bias, mask, output, sinks, seed, out_scale, formulas)
 
 
 def _setup_context_quantised(ctx, inputs, output):
     q, k, v, bias, mask, ctx.scale, ctx.window_left, ctx.window_right, ctx.target, ctx.incoherent_seed, *others = inputs
-    ctx.softcap, sinks, ctx.deterministic, *formulas = others
+    ctx.softcap, sinks, ctx.deterministic, out_scale, *formulas = others
     ctx.sinks_grad = sinks is not None and ctx.needs_input_grad[11]
     ctx.dropout_p = 0.0
-    _save(ctx, q, k, v, bias, mask, output, sinks, None, formulas)
+    _save(ctx, q, k, v, bias, mask, output, sinks, None, out_scale, formulas)
 
 
-def _save(ctx, q, k, v, bias, mask, output, sinks, seed, formulas):
+def _save(ctx, q, k, v, bias, mask, output, sinks, seed, out_scale, formulas):
+    if out_scale is not None:
+        raise NotImplementedError("fa3::attention: a result in float8_e4m3fn has no gradient")
     ctx.formulas, tables = formulas[:3], formulas[3:]
     if any(table is not None and table.requires_grad for table in tables):
         raise NotImplementedError("fa3::attention: the tables of formulas have no gradient")
@@ -251,7 +255,7 @@ def _save(ctx, q, k, v, bias, mask, output, sinks, seed, formulas):
 
 def _attention_vjp(ctx, dout, dlse):
     dq, dk, dv, dbias, dsinks = _vjp(ctx, dout, dlse, *ctx.saved_tensors)
-    return dq, dk, dv, dbias, *[None] * 6, dsinks, *[None] * (6 + MAX_TABLES)
+    return dq, dk, dv, dbias, *[None] * 6, dsinks, *[None] * (7 + MAX_TABLES)
 
 
 def _quantised_vjp(ctx, dout, dlse):
@@ -262,7 +266,7 @@ def _quantised_vjp(ctx, dout, dlse):
     keys = fp8.tile_for(q.shape[3], v.shape[3], fp8.has_terms(bias, mask, ctx.softcap, formulas)).block_n
     rounded = torch.ops.fa3.round_trip(q, k, v, keys, ctx.incoherent_seed, ctx.target)
     dq, dk, dv, dbias, dsinks = _vjp(ctx, dout, dlse, *rounded, bias, mask, *others)
-    return dq, dk, dv, dbias, *[None] * 7, dsinks, *[None] * (4 + MAX_TABLES)
+    return dq, dk, dv, dbias, *[None] * 7, dsinks, *[None] * (5 + MAX_TABLES)
 
 
 def _vjp(ctx, dout, dlse, q, k, v, bias, mask, out, lse, sinks, seed, *tables):
@@ -310,6 +314,22 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | 
         raise ValueError(f"fa3::attention: bias is floating point, not {bias.dtype}")
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"fa3::attention: mask is bool, not {mask.dtype}")
+
+
+def _empty_result(q: Tensor, v: Tensor, dtype: torch.dtype, out_scale: Tensor | None) -> Tensor:
+    if out_scale is None:
+        return output_like(q, v.shape[-1], dtype)
+    if out_scale.dtype != torch.float32 or out_scale.numel() != 1:
+        raise ValueError(f"fa3::attention: out_scale is one float32, not {out_scale.dtype} {list(out_scale.shape)}")
+    return output_like(q, v.shape[-1], torch.float8_e4m3fn)
+
+
+def _result(q: Tensor, v: Tensor, out: Tensor, dtype: torch.dtype, out_scale: Tensor | None) -> Tensor:
+    """What the operator returns of the reference's result: that, or, times out_scale, in float8_e4m3fn."""
+    result = _empty_result(q, v, dtype, out_scale)
+    if out_scale is None:
+        return result.copy_(out)
+    return result.copy_((out.float() * out_scale).clamp(-448.0, 448.0))
 
 
 def _formulas(bias: str = "", mask: str = "", score: str = "", *tables: Tensor | None) -> Formulas:

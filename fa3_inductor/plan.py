@@ -22,7 +22,8 @@ class Plan:
     empty: Empty
     why: str = ""
     fp8: str = ""  # "graph": its operands are 8-bit tensors of the graph; "quantize": they are rounded; "": neither
-    computed: str = ""  # what formulas there are, for a person; known when it is in place
+    rounds: bool = False  # the result may be written in 8 bits, if that is what becomes of it
+    computed: str = ""  # what formulas there are, for a person, and whether it is; known when it is in place
 
 
 def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: bool, fp8: str = "graph") -> Plan:
@@ -60,7 +61,7 @@ def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: 
         in_8_bits, not_8_bits = _fp8(spec, tensors, empty, fp8, trains)
     if requested == "reference" and spec.dropout_p < 1:
         operator = _FP8_OPERATORS.get(in_8_bits, "fa3::attention")
-        return Plan("reference", f"{operator} (PyTorch)", empty, not_8_bits, in_8_bits)
+        return Plan("reference", f"{operator} (PyTorch)", empty, not_8_bits, in_8_bits, _rounds(spec, empty, trains))
     if requested == "reference":
         why = "dropout of everything"
     elif requested == "sdpa":
@@ -68,7 +69,8 @@ def plan(spec: AttentionSpec, requested: str, relaxed_empty_rows: bool, trains: 
     else:
         why = _not_on_hopper(spec, tensors, trains, in_8_bits)
         if why is None:
-            return Plan("hopper", _kernel_name(spec, tensors["q"].dtype, in_8_bits), empty, not_8_bits, in_8_bits)
+            name = _kernel_name(spec, tensors["q"].dtype, in_8_bits)
+            return Plan("hopper", name, empty, not_8_bits, in_8_bits, _rounds(spec, empty, trains))
         why = "; ".join(filter(None, (why, not_8_bits)))
     if spec.score is not None:
         raise Rejected(spec.no_score.reason, f"{spec.no_score.detail}; no kernel, which would compute it: {why}")
@@ -127,6 +129,15 @@ def _fp8(
         return "", "not on the FP8 kernel: to round all keys takes longer than one query's attention"
     why = supports(*shapes(spec), scale=abs(float(spec.scale)) if spec.scale.is_number else 1.0, quantised=True)
     return ("quantize", "") if why is None else ("", f"not on the FP8 kernel: {why}")
+
+
+def _rounds(spec: AttentionSpec, empty: Empty, trains: bool) -> bool:
+    """Whether a kernel can round the result to 8 bits: nothing else is to be done to it, and TMA can write it."""
+    if spec.quantised is None or trains or empty not in (Empty.IMPOSSIBLE, Empty.ZERO):
+        return False
+    if spec.plus or spec.out_factors or spec.row_sinks is not None or spec.lse:
+        return False
+    return bool(spec.head_dim_v.is_number) and int(spec.head_dim_v) % 16 == 0
 
 
 def _check(spec: AttentionSpec, tensors: dict[str, torch.Tensor]) -> None:

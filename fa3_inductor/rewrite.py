@@ -146,7 +146,7 @@ def _splice(found: Found, splicer: Splicer, fp8: str) -> Plan:
     )
     chosen = plans[0]
     try:
-        formulas = splicer.splice(found.spec, plans, found.interior, bool(found.leaks))
+        formulas, is_rounded = splicer.splice(found.spec, plans, found.interior, bool(found.leaks))
     except Rejected as rejection:
         if all(x.fp8 != "graph" for x in plans):
             raise
@@ -155,6 +155,7 @@ def _splice(found: Found, splicer: Splicer, fp8: str) -> Plan:
     bias, mask, score = formulas
     read = ", ".join(f"{what} {text}" for what, text in (("bias", bias), ("mask", mask)) if text)
     parts = (f"computed, not read: {read}" if read else "", f"scores become {score}" if score else "")
+    parts += ("its result is written in float8_e4m3fn" if is_rounded else "",)
     return dataclasses.replace(chosen, computed="; ".join(filter(None, parts)))
 
 

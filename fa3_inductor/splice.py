@@ -7,6 +7,7 @@ stays the user's own graph, so aliasing, mutation, autocast and no_grad regions 
 
 import contextlib
 import functools
+import logging
 import math
 import operator
 import re
@@ -27,6 +28,7 @@ from .patterns.spec import AttentionSpec, Empty, Formula, Operand, Rejected, Rep
 from .plan import Plan, seqlen_offset
 
 aten = torch.ops.aten
+log = logging.getLogger(__name__)
 
 
 class Splicer:
@@ -45,10 +47,10 @@ class Splicer:
 
     def splice(
         self, spec: AttentionSpec, plans: tuple[Plan, ...], interior: tuple[Node, ...], is_shared: bool
-    ) -> tuple[str, str, str]:
+    ) -> tuple[tuple[str, str, str], bool]:
         """Compute ``spec``, and what is added to it, where its result was computed, each by its plan.
 
-        Returns the formulas of its bias, mask and score.
+        Returns the formulas of its bias, mask and score, and whether its result is written in 8 bits.
 
         What is left without a use of the ``interior`` goes, writes in place included, unless it ``is_shared``: others
         may read what was written.
@@ -61,7 +63,7 @@ class Splicer:
             raise Rejected(Reason.OPAQUE, f"'{spec.result.name}' comes from no operation of the graph")
         of_lse = [self._place_of_lse(spec, x.node) for x in spec.lse]
         if spec.is_sdpa and plans[0].target == "sdpa" and not _simplifies(spec):
-            return "", "", ""
+            return ("", "", ""), False
         if place.kwargs.get("out") is not None:
             raise Rejected(Reason.OPAQUE, f"'{place.name}' writes its result into a tensor of the user's (out=)")
         values = dict(self._rebuilt.get(place, {}))
@@ -69,13 +71,16 @@ class Splicer:
         if emit.trains:
             self._check_grad_mode(place, interior)
         try:
-            out, lse, formulas = self._computed(emit, spec, plans[0])
-            for other, plan in zip(spec.plus, plans[1:], strict=True):
-                out = emit.call(operator.add, out, self._computed(emit, other, plan)[0])
-            if emit.trains and self.capture.is_written_after(place, place):
-                out = emit.call("clone", out)  # a product does not keep its result for the backward; an attention does
-            values[spec.result] = out
-            self._replace(emit, place, spec)
+            formulas = self._rounded(emit, place, spec, plans[0]) if plans[0].rounds else None
+            is_rounded = formulas is not None
+            if not is_rounded:
+                out, lse, formulas = self._computed(emit, spec, plans[0])
+                for other, plan in zip(spec.plus, plans[1:], strict=True):
+                    out = emit.call(operator.add, out, self._computed(emit, other, plan)[0])
+                if emit.trains and self.capture.is_written_after(place, place):
+                    out = emit.call("clone", out)  # a product does not keep its result for the backward
+                values[spec.result] = out
+                self._replace(emit, place, spec)
             for x, old in zip(spec.lse, of_lse):
                 old.replace_all_uses_with(_restore(emit, lse, spec, x.node, x.axes), propagate_meta=False)
         except Exception:
@@ -84,6 +89,37 @@ class Splicer:
         self._rebuilt[place] = values
         if not is_shared:
             self._removed.update(n for value in interior for n in self.capture.held_by(value))
+        return formulas, is_rounded
+
+    def _rounded(
+        self, emit: "_Emitter", place: Node, spec: AttentionSpec, plan: Plan
+    ) -> tuple[str, str, str] | None:  # fmt: skip
+        """Compute ``spec`` in 8 bits where its result was computed, in place of what rounds it later.
+
+        Returns the formulas of its bias, mask and score, or None, with the graph as it was, if that is not possible.
+        """
+        found = spec.quantised
+        last = self.capture.origin(found.node)
+        if last is None or any(self.capture.outputs(n) is not x for n, x in ((place, spec.result), (last, found.node))):
+            return None
+        values = dict(emit.values)
+        try:
+            out, _, formulas = _attention(emit, spec, plan, _out_scale(emit, spec))
+            out = _restore(emit, out, spec, spec.result, spec.result_axes, fake_value(out).dtype)
+            for move in found.moves:
+                target = aten.reshape.default if packet(move) in (aten.view, aten._unsafe_view) else move.target
+                rest, kwargs = torch.fx.map_arg((move.args[1:], move.kwargs), emit.materialise)
+                out = emit.call(target, out, *rest, **kwargs)
+            out = _settled(emit, out, found.node.meta["val"].stride())
+        except (Rejected, RuntimeError, ValueError) as failure:
+            log.info("the result of %s is not written in 8 bits: %s", place.name, failure)
+            emit.undo()
+            emit.values.clear()
+            emit.values.update(values)
+            return None
+        emit.values[found.node] = out
+        last.replace_all_uses_with(out, propagate_meta=False)
+        self._removed.update(n for value in (spec.result, *found.between) for n in self.capture.held_by(value))
         return formulas
 
     def _computed(
@@ -134,14 +170,7 @@ class Splicer:
 
     def _settle_layout(self, emit: "_Emitter", spec: AttentionSpec) -> None:
         """Let the result lie in memory as that of the user's code does, on which what follows may depend."""
-        result, old = emit.values[spec.result], spec.result.meta["val"].stride()
-        if fake_value(result).stride() != old:
-            order = sorted(range(len(old)), key=lambda axis: -old[axis])
-            back = [order.index(axis) for axis in range(len(old))]
-            dense = emit.call(
-                aten.clone.default, emit.call("permute", result, *order), memory_format=torch.contiguous_format
-            )
-            emit.values[spec.result] = emit.call("permute", dense, *back)
+        emit.values[spec.result] = _settled(emit, emit.values[spec.result], spec.result.meta["val"].stride())
 
     def finish(self) -> None:
         """Remove what the attentions left without a use. Nothing that writes in place outside them is touched."""
@@ -154,6 +183,26 @@ class Splicer:
                 self.graph.erase_node(node)
         self.graph.lint()
         self.capture.source.recompile()
+
+
+def _settled(emit: "_Emitter", x: Node, strides: tuple[int, ...]) -> Node:
+    """x, or a copy of it, with its axes in the order in memory that such strides have."""
+    if fake_value(x).stride() == strides:
+        return x
+    order = sorted(range(len(strides)), key=lambda axis: -strides[axis])
+    back = [order.index(axis) for axis in range(len(strides))]
+    dense = emit.call(aten.clone.default, emit.call("permute", x, *order), memory_format=torch.contiguous_format)
+    return emit.call("permute", dense, *back)
+
+
+def _out_scale(emit: "_Emitter", spec: AttentionSpec) -> Node:
+    """What the result is multiplied by before it is rounded to 8 bits, float32 [1]."""
+    device = spec.q.node.meta["val"].device
+    scale = emit.call(torch.full, (1,), spec.quantised.factor, dtype=torch.float32, device=device)
+    for factor, inverse in spec.quantised.scales:
+        number = emit.call("reshape", emit.call("to", emit.materialise(factor), device, torch.float32), 1)
+        scale = emit.call(operator.truediv if inverse else operator.mul, scale, number)
+    return scale
 
 
 def _simplifies(spec: AttentionSpec) -> bool:
@@ -207,8 +256,8 @@ class _Emitter:
         return node
 
     def undo(self) -> None:
-        for node in reversed(self.added):
-            self.place.graph.erase_node(node)
+        while self.added:
+            self.place.graph.erase_node(self.added.pop())
 
     def materialise(self, value: Node) -> Node:
         """A node of the Dynamo graph that computes the captured ``value``, at this place."""
@@ -337,9 +386,11 @@ def is_one(size: Any) -> bool:
 _AS_WRITTEN = (Empty.AS_WRITTEN, Empty.RAISED)
 
 
-def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, Node | None, tuple[str, str, str]]:
-    """The attention's result as [B, Hq, Sq, Dv], the log-sum-exp of its scores as [B, Hq, Sq, 1], if these have a use,
-    and the formulas of its bias, mask and score, "" for none."""
+def _attention(
+    emit: _Emitter, spec: AttentionSpec, plan: Plan, out_scale: Node | None = None
+) -> tuple[Node, Node | None, tuple[str, str, str]]:
+    """The attention's result as [B, Hq, Sq, Dv], in 8 bits if there is a scale for that, the log-sum-exp of its scores
+    as [B, Hq, Sq, 1], if these have a use, and the formulas of its bias, mask and score, "" for none."""
     if plan.empty is Empty.AS_WRITTEN and emit.trains:
         _check_gradients(spec)
     q, k, v = (emit.operand(x) for x in (spec.q, spec.k, spec.v))
@@ -414,12 +465,13 @@ def _attention(emit: _Emitter, spec: AttentionSpec, plan: Plan) -> tuple[Node, N
             dtype = torch.float16 if fake_value(q).dtype == torch.float16 else torch.bfloat16
             operands = _float8_operands(emit, spec)
             shaping = (bias, mask, abs(float(spec.float8.scale)), left, right, plan.target, dtype)
-            pair = emit.call(torch.ops.fa3.attention_fp8.default, *operands, *shaping, softcap, sinks, *formulas)
+            options = (softcap, sinks, out_scale, *formulas)
+            pair = emit.call(torch.ops.fa3.attention_fp8.default, *operands, *shaping, *options)
         elif plan.fp8:
-            options = (config.fp8_incoherent_seed, softcap, sinks, in_order)
+            options = (config.fp8_incoherent_seed, softcap, sinks, in_order, out_scale)
             pair = emit.call(torch.ops.fa3.attention_quantised.default, q, k, v, *shaping, *options, *formulas)
         else:
-            options = (softcap, sinks, seed, spec.dropout_p, in_order, *formulas)
+            options = (softcap, sinks, seed, spec.dropout_p, in_order, out_scale, *formulas)
             pair = emit.call(torch.ops.fa3.attention.default, q, k, v, *shaping, *options)
         out = emit.call(operator.getitem, pair, 0)
         if spec.lse or spec.row_sinks is not None or (not exact and not biased):
@@ -781,8 +833,11 @@ def _uniform_gradient(emit: _Emitter, q: Node, k: Node, v: Node, mean: Node, sca
 # --------------------------------------------------------------------------------------------- the result
 
 
-def _restore(emit: _Emitter, out: Node, spec: AttentionSpec, result: Node, axes: tuple[tuple[str, ...], ...]) -> Node:
-    """From [B, H, Sq, Dv] to the axes and the dtype of what the user's code has there."""
+def _restore(
+    emit: _Emitter, out: Node, spec: AttentionSpec, result: Node, axes: tuple[tuple[str, ...], ...],
+    dtype: torch.dtype | None = None,
+) -> Node:  # fmt: skip
+    """From [B, H, Sq, Dv] to the axes and the dtype, unless another is wanted, of what the user's code has there."""
     names: list[str] = []
     position = 0
     for axis in (spec.batch, spec.heads):
@@ -810,7 +865,7 @@ def _restore(emit: _Emitter, out: Node, spec: AttentionSpec, result: Node, axes:
             out = emit.call("unsqueeze", out, start)
         elif len(axis) > 1:
             out = emit.call("flatten", out, start, start + len(axis) - 1)
-    expected = result.meta["val"].dtype
+    expected = dtype or result.meta["val"].dtype
     return out if fake_value(out).dtype == expected else emit.call("to", out, expected)
 
 

@@ -15,8 +15,8 @@ CHUNK = 16  # parts that are read at a time
 
 @triton.jit(do_not_specialize=["sink_head", "sink_row", "heads", "seqlen", "parts", "head_dim_v"])
 def combine_kernel(
-    part_ptr, sums_ptr, out_ptr, lse_ptr, sinks_ptr, out_batch, out_head, out_row, sink_head, sink_row, heads,
-    seqlen, parts, head_dim_v,
+    part_ptr, sums_ptr, out_ptr, lse_ptr, sinks_ptr, out_scale_ptr, out_batch, out_head, out_row, sink_head, sink_row,
+    heads, seqlen, parts, head_dim_v,
     PARTS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program for each row. There are at most PARTS parts, and COLUMNS is head_dim_v rounded up."""
@@ -48,13 +48,15 @@ def combine_kernel(
         out += tl.sum(x * share[:, None], 0)
         start += CHUNK
     out = out / tl.where(total == 0.0, 1.0, total)
+    if out_scale_ptr is not None:
+        out *= tl.load(out_scale_ptr)
     to = out_ptr + batch.to(tl.int64) * out_batch + head.to(tl.int64) * out_head + row.to(tl.int64) * out_row + column
     tl.store(to, out.to(out_ptr.dtype.element_ty), mask=column < head_dim_v)
     tl.store(lse_ptr + flat.to(tl.int64) * seqlen + row, top + tl.log(total))
 
 
 def combine_arguments(
-    part: Tensor, sums: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None, group: int
+    part: Tensor, sums: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None, out_scale: Tensor | None, group: int
 ) -> tuple[tuple[int, int, int], tuple]:
     """The grid and the arguments of the kernel.
 
@@ -63,11 +65,12 @@ def combine_arguments(
             keys the sum of exp(score - top) * v, and top, the largest score, and the sum of exp(score - top): 0, -inf
             and 0 where it has no key that the row sees.
         out: [B, H, S, Dv], Dv contiguous, lse: [B, H, S] contiguous: their results.
+        out_scale: float32, one number that out is multiplied by.
         sinks: [H], or [H * group] with group = S: a logit of each row that has no value. None: there is none.
     """
     batch, heads, parts, seqlen, width = part.shape
     head_dim_v = out.shape[3]
     return (batch * heads * seqlen, 1, 1), (
-        part, sums, out, lse, sinks, *out.stride()[:3], group, int(group > 1), heads, seqlen, parts, head_dim_v,
-        MAX_PARTS, width, triton.next_power_of_2(head_dim_v), CHUNK,
+        part, sums, out, lse, sinks, out_scale, *out.stride()[:3], group, int(group > 1), heads, seqlen, parts,
+        head_dim_v, MAX_PARTS, width, triton.next_power_of_2(head_dim_v), CHUNK,
     )  # fmt: skip

@@ -157,6 +157,7 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, *,
     scale: float, window_left: int | None = None, window_right: int | None = None, softcap: float | None = None,
     sinks: Tensor | None = None, seed: Tensor | None = None, dropout_p: float = 0.0, formulas: Formulas = NO_FORMULAS,
+    out_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """softmax(cap(scale * q @ k^T) + bias) @ v over the visible keys, on a Hopper GPU.
 
@@ -175,6 +176,8 @@ def attention_forward(
             scaled up. None: no dropout.
         formulas: a bias and a mask that are computed, beside those that are read, and what becomes of the scaled
             scores, in place of a soft cap.
+        out_scale: float32, one number: out comes multiplied by it and in float8_e4m3fn, 448 for what is larger. Then Dv
+            is a multiple of 16.
 
     Returns:
         out [B, Hq, Sq, Dv] as `output_like(q, Dv)`, and lse [B, Hq, Sq] float32, contiguous: the natural log of the sum
@@ -191,14 +194,14 @@ def attention_forward(
         k.get_device(), v.get_device(), scale, window_left, window_right, softcap,
         None if bias is None else key_of(bias), None if mask is None else key_of(mask),
         None if sinks is None else key_of(sinks), None if seed is None else (key_of(seed), dropout_p),
-        formulas is NO_FORMULAS or formulas.key(),
+        formulas is NO_FORMULAS or formulas.key(), None if out_scale is None else key_of(out_scale),
     )  # fmt: skip
     q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
     call = _calls.get(key)
     if call is None or (q_at | k_at | v_at) & 15 or call.device != torch.cuda.current_device():
         options = dict(
             bias=bias, mask=mask, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap,
-            sinks=sinks, seed=seed, dropout_p=dropout_p, formulas=formulas,
+            sinks=sinks, seed=seed, dropout_p=dropout_p, formulas=formulas, out_scale=out_scale,
         )  # fmt: skip
         with torch.cuda.device(q.device):
             check(q, k, v, scale)
@@ -210,7 +213,7 @@ def attention_forward(
                 _calls[key] = _prepare(q, k, v, **options)
             return attention_forward(q, k, v, **options)
     # This takes half as long as torch.empty (on a CPU), which has more arguments to read.
-    out = q.new_empty_strided(call.out_shape, call.out_stride)
+    out = q.new_empty_strided(call.out_shape, call.out_stride, dtype=call.out_dtype)
     lse = q.new_empty_strided(call.lse_shape, call.lse_stride, dtype=torch.float32)
     if call.launch is not None:
         out_at, lse_at = out.data_ptr(), lse.data_ptr()
@@ -219,8 +222,8 @@ def attention_forward(
             room = q.new_empty(call.part_size + call.lse_size, dtype=torch.float32)
             split, lse_at = (room.data_ptr(),), room.data_ptr() + 4 * call.part_size
         if call.has_operands:
-            of_scores = (sinks, seed) if call.combine is None else (seed,)
-            terms = [x.data_ptr() for x in (bias, *formulas.tables, mask, *of_scores) if x is not None]
+            beside = (sinks, seed, out_scale) if call.combine is None else (seed,)
+            terms = [x.data_ptr() for x in (bias, *formulas.tables, mask, *beside) if x is not None]
         stream = driver.active.get_current_stream(call.device)
         ranges = ()
         if call.find_ranges is not None:
@@ -229,7 +232,7 @@ def attention_forward(
             call.find_ranges(stream, *mask_addresses(mask, formulas), *ranges)
         call.launch(stream, q_at, k_at, v_at, out_at, lse_at, *terms, *call.order, *ranges, *split)
         if call.combine is not None:
-            at = () if sinks is None else (sinks.data_ptr(),)
+            at = [x.data_ptr() for x in (sinks, out_scale) if x is not None]
             call.combine(stream, *split, lse_at, out_at, lse.data_ptr(), *at)
     return out, lse
 
@@ -296,16 +299,18 @@ class _Call(NamedTuple):
     find_ranges: launch.Launch | None  # of the mask
     ranges_shape: tuple[int, ...]
     order: tuple[int, ...]  # the address of the list of tiles, if there is one
-    has_operands: bool  # whether it takes the addresses of bias, tables, mask, sinks or seed
+    has_operands: bool  # whether it takes the addresses of bias, tables, mask, sinks, seed or out_scale
     device: int
     out_shape: torch.Size
     out_stride: tuple[int, ...]
+    out_dtype: torch.dtype
     lse_shape: torch.Size
     lse_stride: tuple[int, ...]
 
 
 def _prepare(
-    q, k, v, *, bias, mask, scale, window_left, window_right, softcap, sinks, seed, dropout_p, formulas
+    q, k, v, *, bias, mask, scale, window_left, window_right, softcap, sinks, seed, dropout_p, formulas,
+    out_scale,
 ) -> _Call:  # fmt: skip
     """Checks what `check` has not, and compiles the kernel. Raises ValueError as `attention_forward` says."""
     check_terms(q, k, v, bias, mask, softcap, sinks, formulas)
@@ -313,10 +318,11 @@ def _prepare(
         raise ValueError(f"the seed of dropout is an int64 [1] on {q.device}")
     # Tensors of our own: q, k and v may be one tensor now and three at the next call.
     q, k, v = (x.detach() for x in (q, k, v))
-    out = output_like(q, v.shape[3])
+    check_out_scale(out_scale, q, v)
+    out = output_like(q, v.shape[3], q.dtype if out_scale is None else torch.float8_e4m3fn)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    has_operands = any(x is not None for x in (bias, *formulas.tables, mask, sinks, seed))
-    settled = has_operands, q.get_device(), out.shape, out.stride(), lse.shape, lse.stride()
+    has_operands = any(x is not None for x in (bias, *formulas.tables, mask, sinks, seed, out_scale))
+    settled = has_operands, q.get_device(), out.shape, out.stride(), out.dtype, lse.shape, lse.stride()
     if not out.numel():
         return _Call(None, None, 0, 0, None, (), (), *settled)
     window = clipped(window_left, window_right, q.shape[2], k.shape[2])
@@ -329,7 +335,7 @@ def _prepare(
     tile = tile_for(q.shape[3], v.shape[3], window != (None, None), q.shape[2], in_scores or q.shape[2] <= ROWS)
     lengths = kv_tiles(q.shape[2], k.shape[2], *window, tile.consumers * ROWS, tile.block_n)
     count = parts_of_keys(lengths, q.shape[0] * q.shape[1], q.shape[2], multiprocessors(q.device))
-    if count == group == 1 and not in_scores and softcap is None:
+    if count == group == 1 and not in_scores and softcap is None and out_scale is None:
         if plain := plain_tile_for(q.shape[3], v.shape[3], window, q.shape[2], k.shape[2]):
             grid, args = plain_arguments(q, k, v, out, lse, scale, *window, sinks, tile=plain)
             tensors = tuple(x for x in (q, k, v, out, lse, sinks, args[_PLAIN_ORDER]) if x is not None)
@@ -337,28 +343,38 @@ def _prepare(
             order = () if args[_PLAIN_ORDER] is None else (args[_PLAIN_ORDER].data_ptr(),)
             return _Call(prepared, None, 0, 0, None, (), order, *settled)
     split = combine = find_ranges = ranges = None
-    lse_of_kernel, sinks_of_kernel, sizes = lse, sinks, (0, 0)
+    lse_of_kernel, of_rows, sizes = lse, (sinks, out_scale), (0, 0)
     if count > 1 or (group > 1 and sinks is not None):
         split = q.new_empty((*q.shape[:2], count, q.shape[2], sum(parts(v.shape[3]))), dtype=torch.float32)
         lse_of_kernel = q.new_empty((*split.shape[:3], 2, q.shape[2]), dtype=torch.float32)
-        sinks_of_kernel = None
+        of_rows = (None, None)
         sizes = split.numel(), lse_of_kernel.numel()
-        grid, args = combine_arguments(split, lse_of_kernel, out, lse, sinks, group)
-        tensors = tuple(x for x in (split, lse_of_kernel, out, lse, sinks) if x is not None)
+        grid, args = combine_arguments(split, lse_of_kernel, out, lse, sinks, out_scale, group)
+        tensors = tuple(x for x in (split, lse_of_kernel, out, lse, sinks, out_scale) if x is not None)
         combine = launch.prepare(combine_kernel, grid, args, tensors, {"num_warps": 4})
     if mask is not None or formulas.mask:
         find_ranges, ranges = prepare_ranges(q, k, mask, formulas, tile.block_n)
     grid, args = launch_arguments(
-        q, k, v, out, lse_of_kernel, scale, *window, bias, mask, softcap, sinks_of_kernel, ranges, seed, dropout_p,
-        formulas, tile=tile, split=split,
+        q, k, v, out, lse_of_kernel, scale, *window, bias, mask, softcap, of_rows[0], ranges, seed, dropout_p,
+        formulas, of_rows[1], tile=tile, split=split,
     )  # fmt: skip
-    terms = (*(operand for operand, *_ in args[_OPERANDS]), sinks_of_kernel, seed)
+    terms = (*(operand for operand, *_ in args[_OPERANDS]), of_rows[0], seed, of_rows[1])
     tensors = (q, k, v, out, lse_of_kernel, *terms, args[_ORDER], ranges, split)
     tensors = tuple(x for x in tensors if x is not None)
     prepared = launch.prepare(forward_kernel, grid, args, tensors, {"num_warps": 4})
     order = () if args[_ORDER] is None else (args[_ORDER].data_ptr(),)
     shape = () if ranges is None else ranges.shape
     return _Call(prepared, combine, *sizes, find_ranges, shape, order, *settled)
+
+
+def check_out_scale(out_scale: Tensor | None, q: Tensor, v: Tensor) -> None:
+    """Raises ValueError if the result cannot be float8_e4m3fn, of that scale."""
+    if out_scale is None:
+        return
+    if (out_scale.dtype, out_scale.numel(), out_scale.device) != (torch.float32, 1, q.device):
+        raise ValueError(f"out_scale is one float32 on {q.device}, not {out_scale.numel()} {out_scale.dtype}")
+    if v.shape[3] % 16:
+        raise ValueError(f"a result in float8_e4m3fn has head_dim 16, 32, ... {MAX_HEAD_DIM}, not {v.shape[3]}")
 
 
 def packed(
@@ -405,8 +421,9 @@ def launch_arguments(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, window_left: int | None = None,
     window_right: int | None = None, bias: Tensor | None = None, mask: Tensor | None = None,
     softcap: float | None = None, sinks: Tensor | None = None, ranges: Tensor | None = None,
-    seed: Tensor | None = None, dropout_p: float = 0.0, formulas: Formulas = NO_FORMULAS, *, tile: Tile | None = None,
-    sm_count: int | None = None, split: Tensor | None = None,
+    seed: Tensor | None = None, dropout_p: float = 0.0, formulas: Formulas = NO_FORMULAS,
+    out_scale: Tensor | None = None, *, tile: Tile | None = None, sm_count: int | None = None,
+    split: Tensor | None = None,
 ) -> tuple[tuple[int, int, int], tuple]:  # fmt: skip
     """The grid and the arguments of the kernel.
 
@@ -421,7 +438,7 @@ def launch_arguments(
     windowed = left is not None or right is not None
     with_terms = has_terms(bias, mask, None, formulas) or seed is not None  # a soft cap alone needs few registers
     tile = tile or tile_for(head_dim, head_dim_v, windowed, seqlen_q, with_terms)
-    is_alike = parts(head_dim)[: len(parts(head_dim_v))] == parts(head_dim_v)
+    is_alike = parts(head_dim)[: len(parts(head_dim_v))] == parts(head_dim_v) and out.dtype == q.dtype
     score_functions, ranges, operands, is_shared = score_arguments(
         bias, mask, softcap, (batch, q_heads, seqlen_q, seqlen_k), ranges, formulas,
         _room_for_term(tile, head_dim, head_dim_v, is_alike or split is not None),
@@ -440,7 +457,7 @@ def launch_arguments(
         *descriptors(v, tile.block_n, parts(head_dim_v)), *descriptors(out, ROWS, parts(head_dim_v)),
         lse, order, sinks, ranges, operands, *of_term, split, 1 if split is None else split.shape[2],
         tiles, m_tiles, q_heads, q_heads // kv_heads, seqlen_q, seqlen_k, left or 0, right or 0,
-        scale * _LOG2E, seed, threshold(dropout_p), keep_scale(dropout_p),
+        scale * _LOG2E, seed, threshold(dropout_p), keep_scale(dropout_p), out_scale,
         left is not None, right is not None, *score_functions,
         tile.consumers, STAGES, tile.ping_pong, tile.overlap, shared_o, tile.consumer_regs, tile.producer_regs,
     )  # fmt: skip

@@ -621,11 +621,11 @@ def _consume(
 ):  # fmt: skip
     """Consumer warp group number WG: its ROWS rows of every tile."""
     o_descs, lse_ptr, sinks_ptr, operands, q_smem, o_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full = args[:12]
-    work, window, ranges, scale, seed_ptr, threshold, keep_scale, term_smem = args[12:]
+    work, window, ranges, scale, seed_ptr, threshold, keep_scale, term_smem, out_scale_ptr = args[12:]
     m_tiles, q_heads, group, part_ptr, parts = work[2:]
     seqlen_q, seqlen_k, left, right = window
     DV: gl.constexpr = o_descs[0].block_type.shape[3]
-    dtype: gl.constexpr = o_descs[0].dtype
+    dtype: gl.constexpr = q_smem[0].dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
@@ -743,6 +743,8 @@ def _consume(
         it = _skip(it, first - tile_first, k_full, v_full, WG, CONSUMERS, STAGES, PING_PONG)
         if DROPOUT:
             factor = factor * keep_scale
+        if out_scale_ptr is not None and part_ptr is None:
+            factor = factor * gl.load(out_scale_ptr)
         o = _rescale_parts(o, factor)
         if part_ptr is not None:
             _store_parts(part_ptr, o, flat, row0, seqlen_q)
@@ -787,12 +789,12 @@ def _parts(first, second):
     do_not_specialize=[
         "parts", "tiles", "m_tiles", "q_heads", "group", "seqlen_q", "seqlen_k", "left", "right", "threshold",
     ],
-    do_not_specialize_on_alignment=["sinks_ptr", "seed_ptr"],
+    do_not_specialize_on_alignment=["sinks_ptr", "seed_ptr", "out_scale_ptr"],
 )  # fmt: skip
 def forward_kernel(
     q_desc, q_desc2, k_desc, k_desc2, v_desc, v_desc2, o_desc, o_desc2, lse_ptr, order_ptr, sinks_ptr, ranges, operands,
     term_desc, term_batch, term_head, part_ptr, parts, tiles, m_tiles, q_heads, group, seqlen_q, seqlen_k, left, right,
-    scale, seed_ptr, threshold, keep_scale,
+    scale, seed_ptr, threshold, keep_scale, out_scale_ptr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
     OPEN_APPLY: gl.constexpr, UNIT: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     PING_PONG: gl.constexpr, OVERLAP: gl.constexpr, SHARED_O: gl.constexpr, CONSUMER_REGS: gl.constexpr,
@@ -832,7 +834,7 @@ def forward_kernel(
     )  # fmt: skip
     consume = (
         o_descs, lse_ptr, sinks_ptr, operands, q_smem, o_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full,
-        work, window, ranges, scale, seed_ptr, threshold, keep_scale, term_smem,
+        work, window, ranges, scale, seed_ptr, threshold, keep_scale, term_smem, out_scale_ptr,
     )  # fmt: skip
     DROPOUT: gl.constexpr = seed_ptr is not None
     SINKS: gl.constexpr = sinks_ptr is not None

@@ -98,7 +98,7 @@ def attention_fp8(
     q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor, bias: Tensor | None = None,
     mask: Tensor | None = None, *, scale: float, window_left: int | None = None, window_right: int | None = None,
     softcap: float | None = None, sinks: Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16,
-    formulas: Formulas = NO_FORMULAS,
+    formulas: Formulas = NO_FORMULAS, out_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`attention_forward` of q * q_scale, k * k_scale and v * v_scale, on a Hopper GPU.
 
@@ -107,7 +107,7 @@ def attention_fp8(
         k: [B, Hkv, Sk, D]; v: [B, Hkv, Sk, Dv], Dv a multiple of 8 up to 256.
         q_scale: float32, broadcastable to [B, Hq], or to [B, Hq, Sq]; k_scale, v_scale: to [B, Hkv], or [B, Hkv, Sk].
             Scales of single tokens take time.
-        out_dtype: BF16 or FP16.
+        out_dtype: BF16 or FP16; nothing if there is an out_scale.
 
     The others are those of `attention_forward`. Products are summed up in float32, weights rounded to e4m3. For many
     queries, v is transposed first, which takes as long as reading and writing it.
@@ -123,6 +123,7 @@ def attention_fp8(
             return attention_fp8(
                 q, k, v, q_scale, k_scale, v_scale, bias, mask, scale=scale, window_left=window_left,
                 window_right=window_right, softcap=softcap, sinks=sinks, out_dtype=out_dtype, formulas=formulas,
+                out_scale=out_scale,
             )  # fmt: skip
     if not all(x.dtype == E4M3 for x in (q, k, v)):
         raise ValueError(f"attention_fp8: q, k and v are {E4M3}, not {q.dtype}, {k.dtype} and {v.dtype}")
@@ -151,20 +152,21 @@ def attention_fp8(
         scales = [largest.new_ones((*q.shape[:2], rows)), torch.ones_like(largest), largest]
     options = dict(
         scale=scale, window_left=window_left, window_right=window_right, softcap=softcap, sinks=sinks, bias=bias,
-        mask=mask, formulas=formulas,
+        mask=mask, formulas=formulas, out_scale=out_scale,
     )  # fmt: skip
     call = _call(q, k, v, scales, tokens, out_dtype, None, **options)
     values = v
     if call.values is not None:
         values = _transposed_like(v)
         call.values(driver.active.get_current_stream(call.device), v.data_ptr(), values.data_ptr())
-    return _run(call, (q, k, values, *scales, *tokens), bias, mask, sinks, formulas)
+    return _run(call, (q, k, values, *scales, *tokens), bias, mask, sinks, formulas, out_scale)
 
 
 def attention_quantised(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, *, scale: float,
     window_left: int | None = None, window_right: int | None = None, softcap: float | None = None,
     sinks: Tensor | None = None, seed: int | None = 0, formulas: Formulas = NO_FORMULAS,
+    out_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`attention_forward` with q, k and v rounded to float8_e4m3fn first, on a Hopper GPU.
 
@@ -186,13 +188,13 @@ def attention_quantised(
         with torch.cuda.device(q.device):
             return attention_quantised(
                 q, k, v, bias, mask, scale=scale, window_left=window_left, window_right=window_right, softcap=softcap,
-                sinks=sinks, seed=seed, formulas=formulas,
+                sinks=sinks, seed=seed, formulas=formulas, out_scale=out_scale,
             )  # fmt: skip
     if not all(x.stride(3) == 1 for x in (q, k, v)):
         q, k, v = map(addressable, (q, k, v))
     options = dict(
         scale=scale, window_left=window_left, window_right=window_right, softcap=softcap, sinks=sinks, bias=bias,
-        mask=mask, formulas=formulas,
+        mask=mask, formulas=formulas, out_scale=out_scale,
     )  # fmt: skip
     call = _call(q, k, v, None, (), q.dtype, seed, **options)
     buffers = _buffers(q, k, v, call.tile, 0 if seed is None else matrix_columns(q.shape[3]))
@@ -202,7 +204,7 @@ def attention_quantised(
         call.rows[0](stream, q.data_ptr(), q8, q_scales, *call.matrix)
         call.rows[1](stream, k.data_ptr(), k8, k_scales, *call.matrix)
         call.values(stream, v.data_ptr(), v8, v_scales)
-    return _run(call, buffers, bias, mask, sinks, formulas)
+    return _run(call, buffers, bias, mask, sinks, formulas, out_scale)
 
 
 def round_trip(x: Tensor, rows: int, seed: int | None) -> Tensor:
@@ -258,13 +260,13 @@ _calls: dict = {}
 _MAX_CALLS = 4096
 
 
-def _call(q, k, v, scales, tokens, out_dtype, seed, *, bias, mask, sinks, formulas, **options) -> _Call:
+def _call(q, k, v, scales, tokens, out_dtype, seed, *, bias, mask, sinks, formulas, out_scale, **options) -> _Call:
     """What is settled for such a problem; `scales` is None if q, k and v are to be rounded."""
-    beside = tuple(None if x is None else key_of(x) for x in (bias, mask, sinks, *(scales or ()), *tokens))
+    beside = tuple(None if x is None else key_of(x) for x in (bias, mask, sinks, out_scale, *(scales or ()), *tokens))
     key = (*map(key_of, (q, k, v)), beside, out_dtype, seed, formulas.key(), *options.values())
     call = _calls.get(key)
     if call is None:
-        options |= dict(bias=bias, mask=mask, sinks=sinks, formulas=formulas)
+        options |= dict(bias=bias, mask=mask, sinks=sinks, formulas=formulas, out_scale=out_scale)
         call = _prepare(q, k, v, scales, tokens, out_dtype, seed, **options)
         if len(_calls) >= _MAX_CALLS:
             _calls.clear()
@@ -274,7 +276,7 @@ def _call(q, k, v, scales, tokens, out_dtype, seed, *, bias, mask, sinks, formul
 
 def _prepare(
     q, k, v, scales, tokens, out_dtype, seed, *, bias, mask, sinks, scale, window_left, window_right, softcap,
-    formulas,
+    formulas, out_scale,
 ) -> _Call:  # fmt: skip
     if problem := supports(q.shape, k.shape, v.shape, scale=abs(scale), quantised=scales is None):
         raise ValueError(problem)
@@ -285,6 +287,8 @@ def _prepare(
         raise ValueError(f"the FP8 kernel's result is bfloat16 or float16, not {out_dtype}")
     forward.check_terms(q, k, v, bias, mask, softcap, sinks, formulas)
     q, k, v = (x.detach() for x in (q, k, v))  # tensors of our own: they may be one now and not at the next call
+    forward.check_out_scale(out_scale, q, v)
+    out_dtype = out_dtype if out_scale is None else E4M3
     out = output_like(q, v.shape[3], out_dtype)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     tile = tile_for(q.shape[3], v.shape[3], bool(tokens) or has_terms(bias, mask, softcap, formulas))
@@ -322,10 +326,10 @@ def _prepare(
         find_ranges, ranges = forward.prepare_ranges(q, k, mask, formulas, tile.block_n)
     grid, args = launch_arguments(
         q, k, v, out, lse, scales, scale, window_left, window_right, bias, mask, softcap, sinks, ranges, tokens,
-        formulas, tile=tile, turned=values is not None,
+        formulas, out_scale, tile=tile, turned=values is not None,
     )  # fmt: skip
     order = args[forward._ORDER]
-    terms = (*(operand for operand, *_ in args[forward._OPERANDS]), sinks)
+    terms = (*(operand for operand, *_ in args[forward._OPERANDS]), sinks, out_scale)
     tensors = tuple(x for x in (q, k, v, *scales, *tokens, out, lse, *terms, order, ranges) if x is not None)
     main = launch.prepare(fp8_kernel, grid, args, tensors, {"num_warps": 4})
     order = () if order is None else (order.data_ptr(),)
@@ -369,8 +373,8 @@ def launch_arguments(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scales: list[Tensor], scale: float,
     window_left: int | None = None, window_right: int | None = None, bias: Tensor | None = None,
     mask: Tensor | None = None, softcap: float | None = None, sinks: Tensor | None = None,
-    ranges: Tensor | None = None, tokens: tuple[Tensor, ...] = (), formulas: Formulas = NO_FORMULAS, *, tile: Tile,
-    turned: bool, sm_count: int | None = None,
+    ranges: Tensor | None = None, tokens: tuple[Tensor, ...] = (), formulas: Formulas = NO_FORMULAS,
+    out_scale: Tensor | None = None, *, tile: Tile, turned: bool, sm_count: int | None = None,
 ) -> tuple[tuple[int, int, int], tuple]:  # fmt: skip
     """The grid and the arguments of the kernel.
 
@@ -397,7 +401,7 @@ def launch_arguments(
     return (ctas, 1, 1), (
         *forward.descriptors(q, ROWS, widths), *forward.descriptors(k, tile.block_n, widths),
         *descriptors_v(v, tile.block_n, widths_v), *forward.descriptors(out, ROWS, widths_v),
-        lse, order, sinks, ranges, operands, q_scale, q_by_block, k_scale, v_scale, tokens or None,
+        lse, order, sinks, ranges, operands, q_scale, q_by_block, k_scale, v_scale, tokens or None, out_scale,
         batch * q_heads * m_tiles, m_tiles, q_heads, q_heads // kv_heads, seqlen_q, seqlen_k, left or 0, right or 0,
         scale * _LOG2E, left is not None, right is not None, *functions, has_blocks,
         tile.consumers, STAGES, 0 if turned else tile.raw_stages, tile.consumer_regs, tile.producer_regs,
@@ -412,14 +416,16 @@ def _transposed_descriptors(v: Tensor, keys: int, widths: tuple[int, ...]):
     return first, second[0] if second else None
 
 
-def _run(call: _Call, operands: tuple[Tensor, ...], bias, mask, sinks, formulas: Formulas) -> tuple[Tensor, Tensor]:
+def _run(
+    call: _Call, operands: tuple[Tensor, ...], bias, mask, sinks, formulas: Formulas, out_scale
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of q, k and the transposed v with their scales, all of them `operands`."""
     q = operands[0]
     out = torch.empty_strided(call.shape, call.stride, dtype=call.dtype, device=q.device)
     lse = torch.empty(call.shape[:3], dtype=torch.float32, device=q.device)
     if call.launch is not None:
         stream = driver.active.get_current_stream(call.device)
-        terms = [x.data_ptr() for x in (bias, *formulas.tables, mask, sinks) if x is not None]
+        terms = [x.data_ptr() for x in (bias, *formulas.tables, mask, sinks, out_scale) if x is not None]
         ranges = ()
         if call.find_ranges is not None:
             found = torch.empty(call.ranges_shape, dtype=torch.int32, device=q.device)

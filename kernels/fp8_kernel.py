@@ -351,7 +351,7 @@ def _consume(
 ):  # fmt: skip
     """Consumer warp group number WG: its ROWS rows of every tile."""
     o_descs, lse_ptr, sinks_ptr, operands, q_smem, o_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full = args[:12]
-    work, window, ranges, scale, q_scales, q_by_block, k_scales, v_scales, of_tokens = args[12:]
+    work, window, ranges, scale, q_scales, q_by_block, k_scales, v_scales, of_tokens, out_scale_ptr = args[12:]
     m_tiles, q_heads, group = work[2:5]
     seqlen_q, seqlen_k, left, right = window
     DV: gl.constexpr = o_descs[0].block_type.shape[3]
@@ -443,19 +443,22 @@ def _consume(
 
         top = _natural(m_i, 1.0, UNIT) - SHIFT * LN2
         factor = _finish_rows(l_i, top, sinks_ptr, lse_ptr, head, flat, row0, seqlen_q, SINKS, rows_layout)
-        o = _rescale_parts(o, factor * now[2])
+        factor *= now[2]
+        if out_scale_ptr is not None:
+            factor *= gl.load(out_scale_ptr)
+        o = _rescale_parts(o, factor)
         _store(o_descs, o, o_smem, WG, CONSUMERS, batch, head, row0)
     tma.store_wait(0)
 
 
 @gluon.jit(
     do_not_specialize=["tiles", "m_tiles", "q_heads", "group", "seqlen_q", "seqlen_k", "left", "right", "q_by_block"],
-    do_not_specialize_on_alignment=["sinks_ptr"],
+    do_not_specialize_on_alignment=["sinks_ptr", "out_scale_ptr"],
 )  # fmt: skip
 def fp8_kernel(
     q_desc, q_desc2, k_desc, k_desc2, v_desc, v_desc2, o_desc, o_desc2, lse_ptr, order_ptr, sinks_ptr, ranges, operands,
-    q_scales, q_by_block, k_scales, v_scales, tokens, tiles, m_tiles, q_heads, group, seqlen_q, seqlen_k, left, right,
-    scale,
+    q_scales, q_by_block, k_scales, v_scales, tokens, out_scale_ptr, tiles, m_tiles, q_heads, group, seqlen_q, seqlen_k,
+    left, right, scale,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, LOAD: gl.constexpr, APPLY: gl.constexpr, OPEN_LOAD: gl.constexpr,
     OPEN_APPLY: gl.constexpr, UNIT: gl.constexpr, BLOCKS: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, RAW_STAGES: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
@@ -505,7 +508,7 @@ def fp8_kernel(
     )  # fmt: skip
     consume = (
         o_descs, lse_ptr, sinks_ptr, operands, q_smem, o_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full,
-        work, window, ranges, scale, q_scales, q_by_block, k_scales, v_scales, tokens,
+        work, window, ranges, scale, q_scales, q_by_block, k_scales, v_scales, tokens, out_scale_ptr,
     )  # fmt: skip
     SINKS: gl.constexpr = sinks_ptr is not None
     transpose = (v_descs, raw_at, v_at, raw_full, v_full, work, window, ranges)

@@ -126,11 +126,12 @@ class Case:
 def forward_case(
     head_dim: int, head_dim_v: int, window: str, dtype: torch.dtype, seqlen: int = 4096, bias: str = "", mask: str = "",
     softcap: float | None = None, sinks: bool = False, dropout: bool = False, formulas: str = "", split: int = 0,
+    rounds: bool = False,
 ) -> Case:  # fmt: skip
     """The case of the forward kernel that the tile tables give for a problem.
 
     `window` is "full", "causal" or "window"; `bias` and `mask` name the axes that they have, of "bhqk"; `formulas`
-    are of FORMULAS; `split` is into how many parts the keys are, of a few rows.
+    are of FORMULAS; `split` is into how many parts the keys are, of a few rows; with `rounds`, the result is in 8 bits.
     """
     from fa3_inductor.kernels import forward
 
@@ -145,6 +146,7 @@ def forward_case(
 
     q, k = (empty(batch, heads, seqlen, head_dim) for heads in (q_heads, kv_heads))
     v, out = (empty(batch, heads, seqlen, head_dim_v) for heads in (kv_heads, q_heads))
+    out = out.to(torch.float8_e4m3fn) if rounds else out
     lse = empty(batch, q_heads, seqlen, dtype=torch.float32)
     left, right = WINDOWS[window]
     hidden = operand(mask, torch.bool)
@@ -156,7 +158,8 @@ def forward_case(
     grid, args = forward.launch_arguments(
         q, k, v, out, lse, 0.1, left, right, operand(bias, dtype), hidden, softcap, empty(q_heads) if sinks else None,
         ranges, empty(1, dtype=torch.int64) if dropout else None, 0.1 if dropout else 0.0,
-        computed, tile=tile, sm_count=132, split=part if split else None,
+        computed, empty(1, dtype=torch.float32) if rounds else None, tile=tile, sm_count=132,
+        split=part if split else None,
     )  # fmt: skip
     budget = {tile.consumer_regs, tile.producer_regs}
     spills = SPILLS if ranges is None else SPILLS_WITH_MASK
@@ -260,6 +263,7 @@ def backward_case(
 def fp8_case(
     head_dim: int, head_dim_v: int, window: str, blocks: bool = False, tokens: bool = False, bias: str = "",
     mask: str = "", softcap: float | None = None, sinks: bool = False, formulas: str = "", turned: bool = True,
+    rounds: bool = False,
 ) -> Case:  # fmt: skip
     """The case of the FP8 kernel that its tile table gives for a problem, as for `forward_case`."""
     from fa3_inductor.kernels import fp8
@@ -284,10 +288,11 @@ def fp8_case(
     grid, args = fp8.launch_arguments(
         eights(batch, q_heads, seqlen, head_dim), eights(batch, kv_heads, seqlen, head_dim),
         eights(batch, kv_heads, head_dim_v, seqlen) if turned else eights(batch, kv_heads, seqlen, head_dim_v),
-        empty(batch, q_heads, seqlen, head_dim_v, dtype=torch.bfloat16), empty(batch, q_heads, seqlen), scales, 0.1,
-        *WINDOWS[window], added, hidden, softcap, empty(q_heads) if sinks else None, ranges,
-        tuple(empty(batch, heads, seqlen) for heads, _ in rows) if tokens else (), computed, tile=tile,
-        turned=turned, sm_count=132,
+        empty(batch, q_heads, seqlen, head_dim_v, dtype=fp8.E4M3 if rounds else torch.bfloat16),
+        empty(batch, q_heads, seqlen), scales, 0.1, *WINDOWS[window], added, hidden, softcap,
+        empty(q_heads) if sinks else None, ranges,
+        tuple(empty(batch, heads, seqlen) for heads, _ in rows) if tokens else (), computed,
+        empty(1) if rounds else None, tile=tile, turned=turned, sm_count=132,
     )  # fmt: skip
     budget = {tile.consumer_regs, tile.producer_regs}
     spills = SPILLS_OF_LARGE_TILES if tokens else SPILLS_OF_FP8 if ranges is None else SPILLS_WITH_MASK
@@ -322,6 +327,8 @@ def cases() -> dict[str, functools.partial]:
         ("d64-mask", (64, 64, "full", bf16), dict(mask="bqk")),
         ("d128-mask", (128, 128, "full", bf16), dict(mask="qk")),
         ("d256-causal-mask", (256, 256, "causal", bf16), dict(mask="bhqk")),
+        ("d128-rounds", (128, 128, "causal", bf16), dict(rounds=True)),
+        ("d256-mask-rounds", (256, 256, "full", fp16), dict(mask="qk", rounds=True)),
         ("d64-softcap", (64, 64, "causal", bf16), dict(softcap=50.0)),
         ("d256-softcap-window", (256, 256, "window", bf16), dict(softcap=50.0)),
         ("d64-sinks-window", (64, 64, "window", bf16), dict(sinks=True)),
@@ -375,6 +382,8 @@ def cases() -> dict[str, functools.partial]:
     for name, problem, more in (
         ("d64-full", (64, 64, "full"), {}),
         ("d128-causal", (128, 128, "causal"), {}),
+        ("d256-full-blocks-rounds", (256, 256, "full"), dict(blocks=True, rounds=True)),
+        ("d96-causal-rounds", (96, 80, "causal"), dict(rounds=True, turned=False)),
         ("d64-causal-raw", (64, 64, "causal"), dict(turned=False)),
         ("d128-full-raw", (128, 128, "full"), dict(turned=False)),
         ("d256-causal-raw", (256, 256, "causal"), dict(turned=False)),

@@ -20,6 +20,7 @@ from .layouts import LAYOUT_OPS, argument, layout_step, packet, rank, tensor, us
 from .masks import FULL, Axes, Mask, describe, no_row_is_empty
 from .operands import Roles, choose_operands, key_operand, peel, side_operand
 from .products import as_product, is_product
+from .quantised import read_quantised
 from .reasons import Reason
 from .respelled import respell
 from .scores import Added, Factor, Function, Hidden, NotScores, Scores, read_scores, visible_where
@@ -583,6 +584,7 @@ class _Reading:
             sinks=sinks,
             row_sinks=row_sinks,
             lse=lse,
+            quantised=read_quantised(product),
             float8=float8,
             not_float8=not_float8,
         )
@@ -902,6 +904,7 @@ def _read_sdpa(algebra: Algebra, node: Node) -> Found:
         dropout_p=dropout_p,
         form=form,
         is_sdpa=True,
+        quantised=read_quantised(node),
         float8=float8,
         not_float8=not_float8,
     )

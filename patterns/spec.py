@@ -12,6 +12,7 @@ import sympy
 from torch.fx import Node
 
 from .masks import Axes, Mask
+from .quantised import QuantisedResult
 from .reasons import Reason
 
 
@@ -192,6 +193,7 @@ class AttentionSpec:
     sinks: Operand | float | None = None  # [Hq] or all the same: one more score in every row, which has no value
     row_sinks: Operand | None = None  # likewise, but not the same for all rows of a head; only one of the two
     lse: tuple[LogSumExp, ...] = ()
+    quantised: QuantisedResult | None = None
     plus: "tuple[AttentionSpec, ...]" = ()  # whose results are added to this one's, to be the ``result`` of all of them
 
     @property

@@ -248,6 +248,125 @@ def test_quantize_of_a_learned_bias():
     assert all(distance(got, want) < 0.12 for got, want in zip(grads, exact))
 
 
+def rounds_divided(out, scale):
+    out = out.transpose(1, 2).reshape(B, S, H * D)
+    return (out.float() / scale).clamp(-448.0, 448.0).to(E4M3)
+
+
+def rounds_multiplied(out, scale):
+    out = out.transpose(1, 2).contiguous().view(B * S, H * D)
+    return torch.clamp(out * scale, min=-448, max=448).to(E4M3).view(B, S, -1)
+
+
+def rounds_in_place(out, scale):
+    return (out * 3.0).clamp_(max=448).clamp_(min=-448).to(E4M3)
+
+
+def rounds_between(out, scale):
+    return (2 * out / scale.view(1, 1, 1)).permute(0, 2, 1, 3).clip(-448, 448).flatten(2).to(E4M3)
+
+
+ROUNDS = [rounds_divided, rounds_multiplied, rounds_in_place, rounds_between]
+
+
+def causally(q, k, v):
+    return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("fp8", ["off", "quantize"])
+@pytest.mark.parametrize("attend", [causally, written_out])
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_a_result_in_eight_bits(rounds, attend, fp8, dynamic):
+    """Rounded once, where the user's code rounds to 16 bits first."""
+    q, k, v = torch.randn(3, B, H, S, D, dtype=BF16).unbind()
+    args, graphs = (q, k, v, torch.tensor([0.5])), []
+
+    def fn(q, k, v, scale):
+        return rounds(attend(q, k, v), scale).float() * 2
+
+    with config.patch(fp8=fp8), torch.no_grad():
+        compiled, report = fuse(fn, dynamic=dynamic, graphs=graphs)
+        out = compiled(*args)
+        expected = fn(*(x.double() for x in (q, k, v)), args[3])
+    (site,) = report.sites
+    assert "its result is written in float8_e4m3fn" in site.detail, site.detail
+    assert out.stride() == expected.stride() and distance(out, expected) < (0.04 if fp8 == "off" else 0.08)
+    assert not any("clamp" in str(n.target) or "clip" in str(n.target) for n in graphs[0].graph.nodes)
+
+
+def not_clamped(out, scale):
+    return (out / scale).to(E4M3)
+
+
+def clamped_closer(out, scale):
+    return (out / scale).clamp(-240, 240).to(E4M3)
+
+
+def clamped_by_a_tensor(out, scale):
+    return (out / scale).clamp(-448, 448).clamp(max=scale.view(())).to(E4M3)
+
+
+def used_twice(out, scale):
+    return (out / scale).clamp(-448, 448).to(E4M3).float() + out.sum()
+
+
+def of_its_largest(out, scale):
+    return (out / (out.abs().amax() / 448.0)).clamp(-448, 448).to(E4M3)
+
+
+def by_row(out, scale):
+    return (out / torch.linspace(0.01, 1.0, S)[:, None]).clamp(-448, 448).to(E4M3)
+
+
+def to_e5m2(out, scale):
+    return (out / scale).clamp(-448, 448).to(torch.float8_e5m2)
+
+
+def a_part(out, scale):
+    return (out / scale).clamp(-448, 448)[:, :, 1:].to(E4M3)
+
+
+def of_later_input(out, scale):
+    return (out / torch.sigmoid(scale)).clamp(-448, 448).to(E4M3)
+
+
+@pytest.mark.parametrize(
+    "rounds",
+    [not_clamped, clamped_closer, clamped_by_a_tensor, used_twice, of_its_largest, by_row, to_e5m2, a_part],
+)
+def test_a_result_that_is_rounded_as_written(rounds):
+    args = (*torch.randn(3, B, H, S, D, dtype=BF16).unbind(), torch.tensor(0.01))
+    fn = lambda q, k, v, scale: rounds(written_out(q, k, v), scale).float()  # noqa: E731
+    with torch.no_grad():
+        compiled, report = fuse(fn)
+        out = compiled(*args)
+    (site,) = report.sites
+    assert site.status == "fused" and "float8" not in site.detail
+    expected = fn(*args)
+    assert torch.equal(out.isnan(), expected.isnan()) and distance(out.nan_to_num(), expected.nan_to_num()) < 0.03
+
+
+@pytest.mark.parametrize("head_dim, why", [(40, "cannot be addressed"), (D, "has a gradient")])
+def test_a_result_that_no_kernel_rounds(head_dim, why):
+    q, k, v = torch.randn(3, B, H, S, head_dim, dtype=BF16).unbind()
+    q.requires_grad_(head_dim == D)
+    fn = lambda q, k, v: rounds_in_place(written_out(q, k, v), None).float()  # noqa: E731
+    compiled, report = fuse(fn)
+    compiled(q, k, v)
+    assert report.sites[0].status == "fused" and "float8" not in report.sites[0].detail, why
+
+
+def test_a_scale_that_comes_later():
+    """It is computed again in front of the attention, if it can be."""
+    args = (*torch.randn(3, B, H, S, D, dtype=BF16).unbind(), torch.tensor(0.01))
+    fn = lambda q, k, v, scale: of_later_input(written_out(q, k, v), scale).float()  # noqa: E731
+    with torch.no_grad():
+        compiled, report = fuse(fn)
+        assert distance(compiled(*args), fn(*args)) < 0.04
+    assert "float8_e4m3fn" in report.sites[0].detail
+
+
 def broadcast_queries(q, k, v):
     return scaled_dot_product_attention(q[:, :, :1].to(BF16).expand(-1, -1, S, -1), k.to(BF16), v.to(BF16))
 

@@ -230,3 +230,14 @@ MASKS = {  # what leaves KV tiles out, or leaves tiles in which nothing is hidde
     "by head": torch.tensor([True, False, True, False])[:, None, None],
     "by query": ROW % 3 != 0,
 }
+
+
+def check_rounded(out, lse, unrounded, scale, exact):
+    """What a kernel returns with an out_scale, beside what it returns without, `unrounded`, and the exact result."""
+    assert out.dtype == torch.float8_e4m3fn and lies_like(out, unrounded[0]) and torch.equal(lse, unrounded[1])
+    off = (unrounded[0].double() - exact).abs().nan_to_num().amax() * scale.double().abs()
+    exact = (exact * scale.double()).clamp(-448.0, 448.0)
+    got = out.double()
+    assert torch.equal(got.isnan(), exact.isnan())
+    wrong = (got - exact).abs().nan_to_num() > exact.abs().nan_to_num() / 15 + 2.0**-9 + 4 * off
+    assert not wrong.any(), (got[wrong], exact[wrong])

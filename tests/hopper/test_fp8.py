@@ -23,7 +23,7 @@ if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
 from fa3_inductor.kernels import fp8, launch
 from fa3_inductor.kernels.fp8 import attention_fp8, attention_quantised, tile_for
 
-from .problems import HEAD_DIMS, MASKS, SIZES, S, drawn_options, drawn_sizes, lies_like, make
+from .problems import HEAD_DIMS, MASKS, SIZES, S, check_rounded, drawn_options, drawn_sizes, lies_like, make
 
 E4M3 = torch.float8_e4m3fn
 
@@ -120,6 +120,23 @@ def check_rounded_operands(seed, qkv, options):
     torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=2e-2)  # a rounded score may go either way
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_results_in_eight_bits(seed):
+    for again in SIZES:
+        (q, k, v), options = drawn(seed + 3000, again)
+        if v.shape[3] % 16 or q.shape[3] % 16:
+            continue
+        scale = torch.tensor([random.Random(seed).choice([3.0, -40.0, 500.0])], device="cuda")
+        if seed % 2:
+            function, operands = attention_quantised, (q, k, v)
+        else:
+            one = torch.ones(1, 1, device="cuda")
+            function, operands = attention_fp8, (*(x.to(E4M3) for x in (q, k, v)), one, one, one)
+        unrounded = function(*operands, **options)
+        exact = unrounded[0].double()  # (how far that is from exact is another test's)
+        check_rounded(*function(*operands, **options, out_scale=scale), unrounded, scale, exact)
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_gradients_of_rounded_operands(seed):
     """They are those of the rounded values."""
@@ -142,7 +159,7 @@ def check_gradients(seed, qkv, options):
     formulas = options.get("formulas", NO_FORMULAS)
     out, lse = torch.ops.fa3.attention_quantised(
         *leaves, options.get("bias"), options.get("mask"), options["scale"], options["window_left"],
-        options["window_right"], "hopper", signs, options.get("softcap"), options.get("sinks"), seed % 2 == 1,
+        options["window_right"], "hopper", signs, options.get("softcap"), options.get("sinks"), seed % 2 == 1, None,
         formulas.bias, formulas.mask, formulas.score, *formulas.tables,
     )  # fmt: skip
     of_double = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in options.items()}

@@ -136,6 +136,29 @@ def test_opcheck_of_gradients(seed):
     torch.library.opcheck(torch.ops.fa3.round_trip.default, (*(x.detach() for x in leaves()), 64, seed, "reference"))
 
 
+def test_a_result_in_eight_bits():
+    q, k, v = (x.to(torch.bfloat16) for x in qkv())
+    one, scale = torch.ones(1, 1), torch.tensor(200.0)
+    common = (None, None, 0.3, None, 2, "reference")
+    for operator, args in (
+        (torch.ops.fa3.attention, (q, k, v, *common, None, None, None, 0.0, False, scale)),
+        (torch.ops.fa3.attention_quantised, (q, k, v, *common, None, None, None, False, scale)),
+        (torch.ops.fa3.attention_fp8, (*qkv(), one, one, one, *common, torch.bfloat16, None, None, scale)),
+    ):
+        torch.library.opcheck(operator.default, args, test_utils="test_faketensor")
+        out, _ = operator(*args)
+        exact, _ = attention_reference(*(x.double() for x in (q, k, v)), scale=0.3, window_right=2)
+        exact = (exact * 200.0).clamp(-448, 448)
+        assert out.dtype == E4M3 and (out.double() - exact).norm() < 0.08 * exact.norm()
+        assert (out.double().abs() == 448).any()
+    with pytest.raises(NotImplementedError, match="a result in float8_e4m3fn has no gradient"):
+        torch.ops.fa3.attention(q.requires_grad_(), k, v, *common, None, None, None, 0.0, False, scale)
+    with pytest.raises(ValueError, match=r"out_scale is one float32, not torch.float32 \[2\]"):
+        torch.ops.fa3.attention(
+            *(x.to("meta") for x in (q, k, v)), *common, None, None, None, 0.0, False, torch.ones(2, device="meta")
+        )
+
+
 def test_there_is_no_gradient_of_eight_bits():
     one = torch.ones(1, 1).requires_grad_()
     out, _ = torch.ops.fa3.attention_fp8(

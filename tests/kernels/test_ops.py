@@ -226,7 +226,7 @@ def of_formulas():
 
 def test_opcheck_formulas():
     formulas, _, _ = of_formulas()
-    args = (*qkv(), *arguments("causal"), None, None, None, 0.0, False, *formulas)
+    args = (*qkv(), *arguments("causal"), None, None, None, 0.0, False, None, *formulas)
     torch.library.opcheck(attention.default, args)
 
 
@@ -234,7 +234,7 @@ def test_formulas_are_the_tensors_that_they_stand_for():
     formulas, bias, mask = of_formulas()
     leaves = qkv(dtype=torch.float64)
     _, _, *rest = arguments("causal")
-    out, lse = attention(*leaves, None, None, *rest, None, None, None, 0.0, False, *formulas)
+    out, lse = attention(*leaves, None, None, *rest, None, None, None, 0.0, False, None, *formulas)
     expected, expected_lse = attention(*leaves, bias, mask, *rest)
     torch.testing.assert_close((out, lse), (expected, expected_lse))
     dout = torch.randn_like(out)
@@ -284,7 +284,7 @@ def test_tables_have_no_gradient():
     formulas, _, _ = of_formulas()
     formulas[3].requires_grad_()
     with pytest.raises(NotImplementedError, match="tables of formulas have no gradient"):
-        attention(*qkv(), *arguments("causal"), None, None, None, 0.0, False, *formulas)
+        attention(*qkv(), *arguments("causal"), None, None, None, 0.0, False, None, *formulas)
 
 
 @pytest.mark.parametrize("operator", ["attention_fp8", "attention_quantised"])
@@ -296,10 +296,10 @@ def test_formulas_in_8_bits(operator):
         ones = [torch.ones(1, 1)] * 3
         q, k, v = (x.to(torch.float8_e4m3fn) for x in (q, k, v))
         call = lambda *terms, more=(): torch.ops.fa3.attention_fp8(  # noqa: E731
-            q, k, v, *ones, *terms, *rest, torch.bfloat16, None, None, *more
+            q, k, v, *ones, *terms, *rest, torch.bfloat16, None, None, None, *more
         )
     else:
         call = lambda *terms, more=(): torch.ops.fa3.attention_quantised(  # noqa: E731
-            q, k, v, *terms, *rest, 0, None, None, False, *more
+            q, k, v, *terms, *rest, 0, None, None, False, None, *more
         )
     torch.testing.assert_close(call(None, None, more=formulas), call(bias.float(), mask))
