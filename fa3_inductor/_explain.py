@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fa3_inductor import compat
 from fa3_inductor.report import Report, recording_nothing
 from fa3_inductor.rewrite import rewrite_graph
 
@@ -23,6 +24,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     draw random numbers and update buffers. Shapes are static. The model's own exceptions pass through.
     """
     report = Report()
+    compat.prepare_dynamo()
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         why = gm.compile_subgraph_reason

@@ -25,6 +25,9 @@ _REWRITTEN = "fa3_inductor_rewritten"
 _PREFIX = "fa3_inductor."
 
 
+compat.prepare_dynamo()  # before Dynamo sees a model that this backend is to compile
+
+
 def fa3_inductor(
     gm: torch.fx.GraphModule,
     example_inputs: list[Any],

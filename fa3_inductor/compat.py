@@ -6,12 +6,14 @@ imported.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.abc
 import importlib.util
 import inspect
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -29,18 +31,46 @@ def hook_compile_fx() -> None:
     Inductor's own hooks run too late: behind the cache lookup (from 2.12), and they would have to be shared with
     other users of them.
     """
-    module = sys.modules.get(_COMPILE_FX)
+    _after_import(_COMPILE_FX, _wrap_compile_fx)
+
+
+def prepare_dynamo() -> None:
+    """Has Dynamo see the attention in torch's own transformers, now or as soon as it is imported; idempotent.
+
+    Given a mask, ``nn.TransformerEncoder`` and ``nn.TransformerDecoder`` look at its numbers, and Dynamo (of torch 2.11
+    to 2.13) leaves all of the model to eager code: it does not look into torch's own modules again after such a break.
+    """
+    _after_import("torch._dynamo", _prepare_dynamo)
+
+
+def _prepare_dynamo(dynamo: ModuleType) -> None:
+    # F.multi_head_attention_forward warns of masks of two types. Dynamo puts that behind the graph.
+    dynamo.config.reorderable_logging_functions.add(warnings.warn)
+    from torch.nn.modules import transformer
+
+    with contextlib.suppress(ValueError):  # it is known already
+
+        @dynamo.substitute_in_graph(transformer._detect_is_causal_mask)
+        def detect_is_causal_mask(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+            return is_causal is True  # a hint: what the mask is gets proved
+
+
+def _after_import(name: str, action: Callable[[ModuleType], object]) -> None:
+    module = sys.modules.get(name)
     if module is not None:
-        _wrap_compile_fx(module)
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+        action(module)
+    elif not any(isinstance(finder, _AfterImport) and finder.name == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport(name, action))
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds Inductor's module by way of the other finders and wraps its entry point once it has been executed."""
+    """Finds a module by way of the other finders, and does something with it once it has been executed."""
+
+    def __init__(self, name: str, action: Callable[[ModuleType], object]) -> None:
+        self.name, self.action = name, action
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> Any:
-        if name != _COMPILE_FX:
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -48,7 +78,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            _wrap_compile_fx(module)
+            self.action(module)
 
         spec.loader.exec_module = exec_module
         return spec

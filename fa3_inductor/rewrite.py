@@ -125,9 +125,10 @@ def _try(found: Found, captured: Capture, splicer: Splicer) -> Site:
     try:
         if found.rejection is not None:
             raise found.rejection
-        if _backend_chosen_by_user(captured, found.anchor):
+        allowed = _allowed_backends(captured, found.anchor)
+        if not allowed & _FUSED_BACKENDS:
             raise Rejected(Reason.USER_BACKEND)
-        chosen = _splice(found, splicer, config.fp8)
+        chosen = _splice(found, splicer, config.fp8, allowed >= _FUSED_BACKENDS)
     except Rejected as rejection:
         site.status, site.reason, site.detail = "rejected", rejection.reason, rejection.detail
     except Exception as error:
@@ -138,19 +139,24 @@ def _try(found: Found, captured: Capture, splicer: Splicer) -> Site:
     return site
 
 
-def _splice(found: Found, splicer: Splicer, fp8: str) -> Plan:
-    """Plans an attention and puts it in place; in 16 bits if what it was dequantised from is no longer there."""
+def _splice(found: Found, splicer: Splicer, fp8: str, sdpa_is_free: bool) -> Plan:
+    """Plans an attention and puts it in place; in 16 bits if what it was dequantised from is no longer there.
+
+    Unless ``sdpa_is_free`` to take any of its backends, it may have none for this attention.
+    """
     plans = tuple(
         plan(spec, config.target, config.empty_rows == "relaxed", splicer.trains, fp8)
         for spec in (found.spec, *found.spec.plus)
     )
+    if not sdpa_is_free and any(x.target == "sdpa" for x in plans):
+        raise Rejected(Reason.USER_BACKEND)
     chosen = plans[0]
     try:
         formulas, is_rounded = splicer.splice(found.spec, plans, found.interior, bool(found.leaks))
     except Rejected as rejection:
         if all(x.fp8 != "graph" for x in plans):
             raise
-        chosen = _splice(found, splicer, "off")
+        chosen = _splice(found, splicer, "off", sdpa_is_free)
         return dataclasses.replace(chosen, why=f"not on the FP8 kernel: {rejection.detail}")
     bias, mask, score = formulas
     read = ", ".join(f"{what} {text}" for what, text in (("bias", bias), ("mask", mask)) if text)
@@ -212,8 +218,8 @@ def _where(node: Node) -> tuple[str, str]:
 _FUSED_BACKENDS = {"CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"}
 
 
-def _backend_chosen_by_user(captured: Capture, anchor: Node) -> bool:
-    """Whether the anchor runs inside ``with sdpa_kernel(...)`` of the compiled region.
+def _allowed_backends(captured: Capture, anchor: Node) -> set[str]:
+    """Those of SDPA that ``with sdpa_kernel(...)`` of the compiled region leaves to the anchor.
 
     Dynamo leaves a call that sets the allowed backends where the region is entered, and one that restores them after.
     """
@@ -224,4 +230,4 @@ def _backend_chosen_by_user(captured: Capture, anchor: Node) -> bool:
             break
         if _target_name(node) == "_sdpa_kernel":
             allowed = {str(b.args[0]) if isinstance(b, Node) else getattr(b, "name", b) for b in node.args[0]}
-    return not allowed >= _FUSED_BACKENDS
+    return allowed

@@ -219,6 +219,12 @@ torch.compile(attend)(*(torch.randn(1, 2, 8, 8) for _ in range(3)))
     assert python(program + look, installed, FA3_INDUCTOR="1") == "['fused']"
     assert python(program + look, installed, FA3_INDUCTOR="0") == "[]"
     assert python(program + look, installed) == "[]"
+    masked = """
+import torch
+model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1).eval()
+torch.compile(model)(torch.randn(1, 4, 8), torch.nn.Transformer.generate_square_subsequent_mask(4))
+"""
+    assert python(masked + look, installed, FA3_INDUCTOR="1") == "['fused']"
 
 
 def test_environment_variable_with_a_bad_value(installed, python):

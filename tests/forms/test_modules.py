@@ -45,6 +45,7 @@ MASKS = {
     "float": {"attn_mask": CAUSAL_FLOAT},
     "is_causal": {"attn_mask": CAUSAL_FLOAT, "is_causal": True},
     "both": {"attn_mask": CAUSAL, "key_padding_mask": PADDING},
+    "of two types": {"attn_mask": CAUSAL_FLOAT, "key_padding_mask": PADDING},  # which torch warns of
 }
 
 
@@ -143,6 +144,20 @@ def test_encoder_and_decoder(train):
     assert [s.status for s in compare(encoder, (x,), {"src_key_padding_mask": PADDING}, train)] == ["fused"] * 2
     sites = compare(decoder, (x, y), {"tgt_mask": CAUSAL_FLOAT, "tgt_is_causal": True}, train)
     assert [(s.status, s.mask) for s in sites] == [("fused", "causal"), ("fused", "full")] * 2
+
+
+@TRAIN
+@pytest.mark.parametrize("mask", [CAUSAL, CAUSAL_FLOAT], ids=["bool", "float"])
+def test_masks_that_torch_looks_at(mask, train):
+    """Whether they are causal, if nobody says so; and of two types, it warns."""
+    model = nn.Transformer(E, HEADS, 1, 2, 48, dropout=0.0, batch_first=True)
+    x, y = torch.randn(N, 6, E), torch.randn(N, L, E)
+    masks = {"tgt_mask": mask, "tgt_key_padding_mask": PADDING}
+    assert [s.status for s in compare(model, (x, y), masks, train)] == ["fused"] * 5
+    made_inside = lambda x, y: model(x, y, tgt_mask=nn.Transformer.generate_square_subsequent_mask(L))  # noqa: E731
+    compiled, report = fuse(made_inside)
+    torch.testing.assert_close(compiled(x, y), made_inside(x, y), atol=2e-5, rtol=1e-4)
+    assert [s.mask for s in report.sites] == ["full", "causal", "full", "causal", "full"]
 
 
 class Block(nn.Module):
@@ -370,6 +385,18 @@ def test_the_users_choice_of_backend_holds_where_it_was_made():
         return chosen + attend(q, k, v)
 
     assert [s.reason for s in check(fn)] == [Reason.USER_BACKEND, None]
+
+
+@pytest.mark.parametrize("allowed", [[SDPBackend.FLASH_ATTENTION], [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]])
+def test_a_choice_of_fused_backends_is_one_for_a_kernel(allowed):
+    """SDPA would have to have one of these for what it is called with in place of the user's code."""
+
+    def fn(q, k, v):
+        with sdpa_kernel(allowed):
+            return attend(q, k, v)
+
+    assert [s.reason for s in check(fn, target="sdpa")] == [Reason.USER_BACKEND]
+    assert [s.status for s in check(fn, target="reference")] == ["fused"]
 
 
 @TARGETS

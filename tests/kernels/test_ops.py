@@ -260,7 +260,7 @@ def test_formulas_of_scores(text):
     """Forward and gradients, beside a window."""
     tables = torch.rand(1, 4, 1, 1) + 0.5, torch.rand(2, 1, 1, 16) + 0.5
     q, k, v = leaves = qkv(dtype=torch.float64)
-    rest = (0.25, None, 2, "reference", None, None, None, 0.0, False, "", "", text, *tables)
+    rest = (0.25, None, 2, "reference", None, None, None, 0.0, False, None, "", "", text, *tables)
     out, _ = attention(*leaves, None, None, *rest)
     rows, columns = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
     group = q.shape[1] // k.shape[1]
@@ -273,7 +273,7 @@ def test_formulas_of_scores(text):
 
 
 def test_a_formula_of_scores_takes_the_place_of_a_soft_cap():
-    leaves, options = qkv(), (*arguments("causal"), None, None, None, 0.0, False)
+    leaves, options = qkv(), (*arguments("causal"), None, None, None, 0.0, False, None)
     formula = attention(*leaves, *options, "", "", "30.0 * tanh(s / 30.0)")
     torch.testing.assert_close(formula, attention(*leaves, *arguments("causal"), 30.0))
     with pytest.raises(ValueError, match="a bias or of a mask names the score"):

@@ -39,7 +39,7 @@ def add(
 
 
 add("decoder", Decoder, 2)
-add("decoder-flash", Decoder, 2, known={"fused": 0, "reason": Reason.USER_BACKEND}, attn_flash=True)
+add("decoder-flash", Decoder, 2, attn_flash=True)
 add("decoder-t5-bias", Decoder, 2, rel_pos_bias=True)
 add("decoder-dynamic-bias", Decoder, 2, dynamic_pos_bias=True, dynamic_pos_bias_log_distance=False)
 add(
