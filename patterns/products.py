@@ -1,6 +1,7 @@
 """Products of two tensors, however they are spelled, in one form: which index of each operand meets which."""
 
 import dataclasses
+import string
 
 import sympy
 import torch
@@ -65,20 +66,29 @@ def _matmul(
     return Product(node, a, a_index, b, b_index, c, alpha, added, beta)
 
 
-def _einsum(space: Space, node: Node, index: Index, contracted: str) -> Product | None:
+def spell_einsum(node: Node) -> tuple[list[list[str]], list[str]] | None:
+    """The axes of both operands and of the result of an einsum, by their letters; those of ``...`` are letters that are
+    not in use. None if there are not two operands, or one has a letter twice."""
     equation, operands = node.args[0].replace(" ", ""), node.args[1]
     if len(operands) != 2 or "->" not in equation:
         return None
     inputs, output = equation.split("->")
-    letters = inputs.split(",")
-    letters = [_spell_ellipsis(text, rank(x)) for text, x in zip(letters, operands, strict=True)]
+    unused = [letter for letter in string.ascii_letters if letter not in equation]
+    letters = [_spell_ellipsis(text, rank(x), unused) for text, x in zip(inputs.split(","), operands, strict=True)]
     if "..." in output:
-        dots = max(([ch for ch in x if ch.isdigit()] for x in letters), key=len)
-        output_letters = _splice(output, dots)
+        dots = max(([ch for ch in x if ch in unused] for x in letters), key=len)
+        result = _splice(output, dots)
     else:
-        output_letters = list(output)
-    if any(len(set(x)) != len(x) for x in (*letters, output_letters)):
+        result = list(output)
+    return None if any(len(set(x)) != len(x) for x in (*letters, result)) else (letters, result)
+
+
+def _einsum(space: Space, node: Node, index: Index, contracted: str) -> Product | None:
+    spelled = spell_einsum(node)
+    if spelled is None:
         return None
+    letters, output_letters = spelled
+    operands = node.args[1]
     sums = set(letters[0]) & set(letters[1]) - set(output_letters)
     if len(sums) != 1 or (set(letters[0]) | set(letters[1])) - set(output_letters) - sums:
         return None
@@ -102,10 +112,10 @@ def _einsum(space: Space, node: Node, index: Index, contracted: str) -> Product 
     return Product(node, operands[0], indices[0], operands[1], indices[1], c)
 
 
-def _spell_ellipsis(text: str, ndim: int) -> list[str]:
-    """The letters of one operand with ``...`` spelled out; its axes are numbered from the right, as they broadcast."""
+def _spell_ellipsis(text: str, ndim: int, unused: list[str]) -> list[str]:
+    """The letters of one operand with ``...`` spelled out; its axes are named from the right, as they broadcast."""
     missing = ndim - len(text.replace("...", ""))
-    return _splice(text, [str(i) for i in range(missing - 1, -1, -1)])
+    return _splice(text, unused[:missing][::-1])
 
 
 def _splice(text: str, dots: list[str]) -> list[str]:

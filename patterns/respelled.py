@@ -6,6 +6,7 @@ Works on the captured graph, as `written.py` does and before it:
     masked_fill(x, isnan(x), 0), where(isnan(x), 0, x)      become     nan_to_num(x, 0), which leaves infinities alone
     exp2(x), also of x less its maximum                     becomes    exp(x * log(2))
     x[:], and x[:] = y, a `slice_scatter`                   become     x, and y
+    einsum("rid,rjd->ij"), einsum("ij,jwd->iwd")            become     einsum("iz,jz->ij"), einsum("ij,jz->iz")
 """
 
 import math
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .indices import shape_exprs
-from .layouts import argument, packet, rank, tensor
+from .indices import shape_exprs, size_expr
+from .layouts import argument, is_layout, packet, rank, tensor
+from .products import spell_einsum
 from .scores import maximum_of
 from .written import become, erase
 
@@ -38,6 +40,8 @@ def respell(graph: Graph, is_zero: Callable[[Any], bool]) -> None:
             _without_nan(graph, node, node.args[1], node.args[0])
         elif packet(node) is aten.where and len(node.args) == 3 and is_zero(node.args[1]):
             _without_nan(graph, node, node.args[0], node.args[2])
+        elif packet(node) is aten.einsum:
+            _with_flat_axes(graph, node)
         elif packet(node) is aten.exp2:
             become(graph, node, aten.exp.default, (_times_log_2(graph, node, node.args[0]),))
 
@@ -88,6 +92,79 @@ def _fill(graph: Graph, node: Node) -> None:
     if rank(value):
         value = _call(graph, node, aten.reshape.default, value, [])
     become(graph, node, aten.masked_fill.Tensor, (x, mask, value))
+
+
+def _with_flat_axes(graph: Graph, node: Node) -> None:
+    """Several axes that are summed over, and several that only the values have, become one axis each."""
+    spelled = spell_einsum(node)
+    if spelled is None:
+        return
+    (a, b), out = spelled
+    x, y = node.args[1]
+    summed = [letter for letter in a if letter in b and letter not in out]
+    merged = [summed] if len(summed) > 1 else []
+    for one, other, weights in ((a, b, y), (b, a, x)):
+        own = [letter for letter in one if letter in out and letter not in other]
+        if len(own) > 1 and _are_weights(weights):  # (several of the queries are heads that share keys)
+            merged.append(own)
+    if not merged:
+        return
+    sizes: dict[str, Any] = {}
+    back: dict[str, Any] = {}
+    for one, value in ((a, x), (b, y)):
+        for dim, (letter, size) in enumerate(zip(one, tensor(value).shape)):
+            if any(letter in letters for letters in merged):
+                if size_expr(sizes.setdefault(letter, size)) != size_expr(size):  # one is broadcast along it
+                    return
+                back[letter] = size if isinstance(size, int) else _call(graph, node, aten.sym_size.int, value, dim)
+    equation = []
+    operands = []
+    for one, value in ((a, x), (b, y)):
+        for letters in merged:
+            if letters[0] in one:
+                one, value = _flat(graph, node, one, value, letters)
+        equation.append("".join(one))
+        operands.append(value)
+    result = out
+    for letters in merged:
+        if letters[0] in result:
+            result = [letter for letter in result if letter not in letters] + [letters[0]]
+    made = _call(graph, node, node.target, f"{','.join(equation)}->{''.join(result)}", operands)
+    for letters in merged:
+        if letters[0] in result:
+            at = result.index(letters[0])
+            made = _call(graph, node, aten.unflatten.int, made, at, [back[letter] for letter in letters])
+            result = [*result[:at], *letters, *result[at + 1 :]]
+    become(graph, node, aten.permute.default, (made, [result.index(letter) for letter in out]))
+
+
+def _are_weights(x: Any) -> bool:
+    """Whether a softmax, or an exponential, is what x is made of."""
+    for _ in range(_FAR):
+        if packet(x) in (aten.softmax, aten._softmax, aten._safe_softmax, aten.exp):
+            return True
+        if not (is_layout(x) or packet(x) in _BEHIND_SOFTMAX):
+            return False
+        x = max((arg for arg in x.args if isinstance(arg, Node)), key=_dimensions)
+    return False
+
+
+def _dimensions(x: Node) -> int:
+    return rank(x) if isinstance(x.meta.get("val"), torch.Tensor) else 0
+
+
+_FAR = 16  # operations
+_BEHIND_SOFTMAX = (aten._to_copy, aten.to, aten.dropout, aten.native_dropout, aten.mul, aten.div, aten.nan_to_num)
+_BEHIND_SOFTMAX += (aten.masked_fill, aten.type_as)
+
+
+def _flat(graph: Graph, node: Node, letters: list[str], x: Node, merged: list[str]) -> tuple[list[str], Node]:
+    """x with the merged axes as its last one, which goes by the first of their letters."""
+    order = [letter for letter in letters if letter not in merged] + merged
+    if order != letters:
+        x = _call(graph, node, aten.permute.default, x, [letters.index(letter) for letter in order])
+    x = _call(graph, node, aten.flatten.using_ints, x, len(order) - len(merged), len(order) - 1)
+    return [*order[: -len(merged)], merged[0]], x
 
 
 def _call(graph: Graph, before: Node, target: torch._ops.OpOverload, *args: Any) -> Node:
