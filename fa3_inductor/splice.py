@@ -671,7 +671,7 @@ def _shape_scores(
         below_top = emit.call(torch.logical_and, swallowed, emit.call(operator.lt, masked, top))
         bias = emit.call("masked_fill", bias, below_top, -math.inf)
     row_seen = emit.call(operator.gt, top, -math.inf)
-    lift = emit.call("masked_fill", lift, emit.call(torch.logical_not, row_seen), 0.0)
+    lift = emit.call("masked_fill", lift, emit.call(torch.logical_not, emit.call("isfinite", top)), 0.0)
     bias = emit.call(operator.sub, bias, lift)
     if spec.sinks is not None:
         bias = emit.call(operator.add, bias, emit.call(torch.where, is_far, _FAR, 0.0))

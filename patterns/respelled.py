@@ -143,9 +143,10 @@ def _are_weights(x: Any) -> bool:
     for _ in range(_FAR):
         if packet(x) in (aten.softmax, aten._softmax, aten._safe_softmax, aten.exp):
             return True
-        if not (is_layout(x) or packet(x) in _BEHIND_SOFTMAX):
+        sources = [arg for arg in getattr(x, "args", ()) if isinstance(arg, Node)]
+        if not sources or not (is_layout(x) or packet(x) in _BEHIND_SOFTMAX):
             return False
-        x = max((arg for arg in x.args if isinstance(arg, Node)), key=_dimensions)
+        x = max(sources, key=_dimensions)
     return False
 
 

@@ -103,6 +103,8 @@ def read_terms(
         if raised[0].halves and raised[0].raised in hidden:
             empty = Empty.RAISED
     _check_what_is_added_later(algebra, raw, ordinary)
+    if empty is Empty.AS_WRITTEN:
+        _check_numbers_beside_fills(algebra, raw, shown)
     return tuple(terms), mask, empty
 
 
@@ -163,7 +165,7 @@ def _leave_empty_rows_alone(
         return False
     if empty is not Empty.MEAN_SCORES:
         return True  # what the masks write over the scores is written over the biases
-    masks = [position for position in range(len(raw)) if position not in ordinary]
+    masks = [position for position, term in enumerate(raw) if position not in ordinary and isinstance(term, Added)]
     # In the rounding of the sum that has both, as the scores are.
     sums = {p: [raw[max(p, mask)].dtype for mask in masks] for p in ordinary}
     are_lost = all(size <= least_fill * torch.finfo(dtype).eps / 4 for p, size in ordinary.items() for dtype in sums[p])
@@ -189,6 +191,21 @@ def _check_what_is_added_later(algebra: Algebra, raw: tuple[Added | Hidden, ...]
             least = min(swallows_below(t.dtype) for t in added)
             if not fill.is_number or (fill.is_finite and float(fill) > least):
                 raise Rejected(Reason.EMPTY_ROWS, "something is added to hidden scores that are not low enough for it")
+
+
+def _check_numbers_beside_fills(
+    algebra: Algebra, raw: tuple[Added | Hidden, ...], shown: list[Boolean | None]
+) -> None:  # fmt: skip
+    """Of a row that masks by numbers hide all of, scores that a number was added to must lie far above those that were
+    overwritten, or be lost in it: in one sum for all of the row, they are all there or none is."""
+    fills = [float(t.fill) for t in raw if isinstance(t, Hidden) and t.fill.is_finite]
+    lowest = 0.0
+    for term, condition in zip(raw, shown):
+        if isinstance(term, Added) and condition is not None and _added_empty(algebra, term) is None:
+            lowest += min((float(v) for v in _added_values(algebra, term) if v.is_number and v.is_finite), default=0.0)
+    if any(lowest <= fill / 2 for fill in fills):
+        what = f"a mask adds numbers of {lowest:g} to scores beside one that writes {max(fills):g} over them"
+        raise Rejected(Reason.EMPTY_ROWS, what)
 
 
 def _is_mask(algebra: Algebra, term: Added) -> bool:

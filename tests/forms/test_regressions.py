@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fa3_inductor import Reason
+
 from .harness import fuse
 
 INF = float("-inf")
@@ -830,3 +832,51 @@ def test_berts_mask_in_any_dtype(dtype):
             compiled(*args)
         (site,) = report.sites
         assert (site.status, site.mask) == ("fused", "key padding[b, k]"), site.verdict
+
+
+def test_a_number_added_beside_one_that_is_written():
+    """Of a row with nothing else, a key behind -1e4 added still has its score, one behind -1e4 written has none."""
+    near = (torch.arange(S)[:, None] - torch.arange(S)).abs() <= 1
+    later = torch.ones(S, S).tril() == 0
+
+    def fn(q, k, v, shown):
+        scores = q @ k.mT * 0.25 + torch.where(later, -1e4, 0.0)
+        return scores.masked_fill(~(near & shown), -1e4).softmax(-1) @ v
+
+    args = [*qkv(), torch.rand(S, S) > 0.5]
+    compiled, report = fuse(fn, target="reference")
+    torch.testing.assert_close(compiled(*args), fn(*args))
+    assert report.sites[0].reason is Reason.EMPTY_ROWS and "-10000" in report.sites[0].detail
+
+    def gpt2(q, k, v, padding):
+        scores = (q @ k.mT * 0.25).masked_fill(later, torch.finfo(q.dtype).min)
+        return (scores + torch.where(padding[:, None, None], 0.0, -1e4)).softmax(-1) @ v
+
+    args = [*qkv(), torch.arange(S) >= torch.tensor([[0], [7]])]
+    compiled, report = fuse(gpt2, target="reference")
+    torch.testing.assert_close(compiled(*args), gpt2(*args), atol=3e-3, rtol=0)  # -1e4 leaves three digits to a score
+    assert report.sites[0].status == "fused", report.sites[0].verdict
+
+
+def test_a_mask_that_hides_nothing_behind_an_ordinary_bias():
+    everything = torch.ones(S, S, dtype=torch.bool).tril(S)
+    distance = -0.1 * (torch.arange(S)[:, None] - torch.arange(S)).abs()
+
+    def fn(q, k, v, padding):
+        scores = q @ k.mT * 0.25 + torch.where(padding[:, None, None], 0.0, -1e9) + distance
+        return scores.masked_fill(~everything, INF).softmax(-1) @ v
+
+    args = [*qkv(), torch.arange(S) < torch.tensor([[S], [0]])]
+    compiled, report = fuse(fn, target="reference")
+    torch.testing.assert_close(compiled(*args), fn(*args))
+    assert report.sites[0].status == "fused", report.sites[0].verdict
+
+
+def test_a_mask_of_infinity_with_the_wrong_sign():
+    """NaN, and the gradients of all values too."""
+    later = torch.ones(S, S).tril() == 0
+    fn = lambda q, k, v: (q @ k.mT * 0.25 + torch.where(later, -INF, 0.0)).softmax(-1) @ v  # noqa: E731
+    args = qkv()
+    compiled, _ = fuse(fn, target="reference")
+    for ours, theirs in zip(run(compiled, args, True), run(fn, args, True)):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
