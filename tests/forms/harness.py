@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fa3_inductor import Report, backend, config  # noqa: F401  (the backend prepares Dynamo)
+from fa3_inductor import Report, compat, config
 from fa3_inductor.rewrite import rewrite_graph
+
+compat.prepare_dynamo()
 
 
 def fuse(
@@ -20,7 +22,7 @@ def fuse(
     """
     report = Report()
 
-    def rewrite(gm: torch.fx.GraphModule, _inputs: list[Any]) -> Callable:
+    def backend(gm: torch.fx.GraphModule, _inputs: list[Any]) -> Callable:
         with config.patch(target=target):
             report.graphs.append(rewrite_graph(gm))
         if graphs is not None:
@@ -28,7 +30,7 @@ def fuse(
         return gm.forward
 
     torch._dynamo.reset()
-    return torch.compile(fn, backend=rewrite, dynamic=dynamic), report
+    return torch.compile(fn, backend=backend, dynamic=dynamic), report
 
 
 @dataclasses.dataclass

@@ -526,6 +526,42 @@ class RelativeShift(Attention):
         return ((content + position) / math.sqrt(HEAD_DIM)).softmax(dim=-1) @ v
 
 
+# ------------------------------------------------------------------------------------------- several axes at once
+
+
+ROWS = 2  # of an alignment, or windows
+
+
+@form("tied-rows")
+class TiedRows(Attention):
+    """MSA Transformer: the rows of an alignment share their weights, so a score is summed over rows too."""
+
+    def attend(self, q, k, v):
+        q, k, v = (x.unflatten(0, (-1, ROWS)) for x in (q, k, v))
+        scores = torch.einsum("brhid,brhjd->bhij", q, k) * (ROWS * HEAD_DIM) ** -0.5
+        return torch.einsum("bhij,brhjd->brhid", scores.softmax(dim=-1), v).flatten(0, 1)
+
+
+@form("window-tokens")
+class WindowTokens(Attention):
+    """SepViT: the tokens of a window are the values of its one key."""
+
+    def attend(self, q, k, v):
+        q, k, v = (x.unflatten(2, (-1, ROWS)) for x in (q, k, v))
+        weights = (q.mean(3) @ k.mean(3).mT * HEAD_DIM**-0.5).softmax(dim=-1)
+        return torch.einsum("bhij,bhjwd->bhiwd", weights, v).flatten(2, 3)
+
+
+@form("points", attentions=2)
+class Points(Attention):
+    """Invariant point attention (AlphaFold 2): weights of values and of points of three numbers."""
+
+    def attend(self, q, k, v):
+        weights = (q @ k.mT * HEAD_DIM**-0.5).softmax(dim=-1)
+        points = torch.einsum("bhij,bhjpc->bhipc", weights, v[..., :12].unflatten(-1, (4, 3)))
+        return weights @ v + F.pad(points.flatten(-2), (0, HEAD_DIM - 12))
+
+
 # ------------------------------------------------------------------------------------------- caches
 
 

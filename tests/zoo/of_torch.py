@@ -130,10 +130,19 @@ def encoder_decoder(**masks: Any) -> Call:
     return call(model, embedded(), embedded(20), tgt_mask=causal(20), **masks)
 
 
-@register("torch/transformer", 6, fused=0)
+@register("torch/transformer", 6)
 def transformer() -> Call:
-    """Whether the mask is causal is found out by looking at it, which breaks the graph and skips the frame."""
+    """Whether the mask is causal would be found out by looking at it."""
     return encoder_decoder()
+
+
+@register("torch/transformer-padding", 6)
+def transformer_padding() -> Call:
+    """Masks of two types, of which torch warns. (Without the memory's, Dynamo alone has another result than eager code:
+    torch has a fast path for the encoder, which zeroes what is padding, and compiled code does not.)"""
+    of_target = torch.arange(20).expand(BATCH, -1) > 15
+    masks = {"src_key_padding_mask": padding(), "memory_key_padding_mask": padding()}
+    return encoder_decoder(tgt_key_padding_mask=of_target, **masks)
 
 
 @register("torch/transformer-is-causal", 6)

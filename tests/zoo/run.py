@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_map_only
 
-from fa3_inductor import Report, config
+from fa3_inductor import Report, compat, config
 from fa3_inductor.rewrite import rewrite_graph
 
 from .registry import Call, Model
+
+compat.prepare_dynamo()
 
 # Relative L2 errors in float32. What fusing changes is the order of some sums; this leaves room for deep models.
 OUT_LIMIT, GRAD_LIMIT = 1e-3, 5e-3
