@@ -420,10 +420,8 @@ class _Reading:
         if not (column - k).is_Integer or any(
             k in e.free_symbols for i, e in enumerate(at) if i != self.dim and k != 0
         ):
-            raise Rejected(
-                Reason.SOFTMAX_DIM,
-                f"'{self.softmax.name}' normalises over axis {self.dim}, the product sums over another",
-            )
+            what = "the product of its weights sums over another, as one that mixes heads does"
+            raise Rejected(Reason.SOFTMAX_DIM, f"'{self.softmax.name}' normalises over axis {self.dim}, {what}")
         try:
             scores = read_scores(self.algebra, self.softmax.args[0], at)
         except NotScores as failure:

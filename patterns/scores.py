@@ -389,7 +389,7 @@ def _joined(algebra: Algebra, node: Node, index: Index) -> Scores:
             except NotScores as error:
                 failure = max(failure, error, key=lambda f: f.reason is not Reason.NO_PRODUCT)
             else:
-                failure = NotScores(Reason.SCORE_OP, f"'{node.name}' joins scores of several products")
+                failure = NotScores(Reason.SCORE_OP, f"'{node.name}' joins several scores")
         offset += size
     if inside is None:
         raise failure

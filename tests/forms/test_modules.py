@@ -1,5 +1,7 @@
 """PyTorch's own attention modules, and what surrounds an attention in a model: contexts, writes, views, transforms."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -397,6 +399,20 @@ def test_a_choice_of_fused_backends_is_one_for_a_kernel(allowed):
 
     assert [s.reason for s in check(fn, target="sdpa")] == [Reason.USER_BACKEND]
     assert [s.status for s in check(fn, target="reference")] == ["fused"]
+
+
+def test_a_warning_comes_behind_the_graph():
+    def fn(q, k, v):
+        scores = q @ k.mT * 0.25
+        warnings.warn("in the middle of an attention", stacklevel=2)
+        return scores.softmax(-1) @ v
+
+    compiled, report = fuse(fn)
+    args = qkv()
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="in the middle of an attention"):
+            torch.testing.assert_close(compiled(*args), attend(*args))
+    assert [s.status for s in report.sites] == ["fused"] and len(report.graphs) == 1
 
 
 @TARGETS
