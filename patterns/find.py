@@ -13,6 +13,7 @@ from torch.fx import Graph, Node
 
 from .algebra import Algebra, Opaque, is_condition, leaves, to_boolean
 from .assigned import sum_up_assignments
+from .blocks import join_blocks
 from .float8 import read_float8
 from .formulas import formula_of_score
 from .indices import ONE, ZERO, Index, Space, broadcast_index, shape_exprs, size_expr
@@ -62,6 +63,7 @@ class _Leak:
 def find_attention(graph: Graph, algebra: Algebra) -> list[Found]:
     """Every attention in a captured graph, in graph order. A softmax that is no attention is passed over."""
     respell(graph, functools.partial(_is_zero, algebra))
+    join_blocks(graph)
     sum_up_assignments(graph, algebra.space)
     put_together(graph)
     while True:

@@ -21,7 +21,7 @@ from .indices import shape_exprs, size_expr
 from .layouts import argument, is_layout, packet, rank, tensor
 from .products import spell_einsum
 from .scores import maximum_of
-from .written import become, erase
+from .written import become, call, erase
 
 aten = torch.ops.aten
 
@@ -58,12 +58,10 @@ def _times_log_2(graph: Graph, node: Node, x: Node) -> Node:
     """x * log(2), of what `node` is the power of 2 of; what is less its maximum remains so."""
     shifted = packet(x) is aten.sub and len(x.args) == 2 and not x.kwargs
     maximum = maximum_of(x.args[1], x.args[0]) if shifted else None
-    scaled = _call(graph, node, aten.mul.Tensor, x if maximum is None else x.args[0], math.log(2))
+    scaled = call(graph, node, aten.mul.Tensor, x if maximum is None else x.args[0], math.log(2))
     if maximum is None:
         return scaled
-    return _call(
-        graph, node, aten.sub.Tensor, scaled, _call(graph, node, aten.amax.default, scaled, [maximum[1]], True)
-    )
+    return call(graph, node, aten.sub.Tensor, scaled, call(graph, node, aten.amax.default, scaled, [maximum[1]], True))
 
 
 def _whole(graph: Graph, node: Node, x: Node) -> None:
@@ -88,9 +86,9 @@ def _fill(graph: Graph, node: Node) -> None:
     if not rank(mask) or shape_exprs(tensor(mask)) != shape_exprs(tensor(x))[dim : dim + rank(mask)]:
         return
     for _ in range(rank(x) - dim - rank(mask)):
-        mask = _call(graph, node, aten.unsqueeze.default, mask, -1)
+        mask = call(graph, node, aten.unsqueeze.default, mask, -1)
     if rank(value):
-        value = _call(graph, node, aten.reshape.default, value, [])
+        value = call(graph, node, aten.reshape.default, value, [])
     become(graph, node, aten.masked_fill.Tensor, (x, mask, value))
 
 
@@ -116,7 +114,7 @@ def _with_flat_axes(graph: Graph, node: Node) -> None:
             if any(letter in letters for letters in merged):
                 if size_expr(sizes.setdefault(letter, size)) != size_expr(size):  # one is broadcast along it
                     return
-                back[letter] = size if isinstance(size, int) else _call(graph, node, aten.sym_size.int, value, dim)
+                back[letter] = size if isinstance(size, int) else call(graph, node, aten.sym_size.int, value, dim)
     equation = []
     operands = []
     for one, value in ((a, x), (b, y)):
@@ -129,11 +127,11 @@ def _with_flat_axes(graph: Graph, node: Node) -> None:
     for letters in merged:
         if letters[0] in result:
             result = [letter for letter in result if letter not in letters] + [letters[0]]
-    made = _call(graph, node, node.target, f"{','.join(equation)}->{''.join(result)}", operands)
+    made = call(graph, node, node.target, f"{','.join(equation)}->{''.join(result)}", operands)
     for letters in merged:
         if letters[0] in result:
             at = result.index(letters[0])
-            made = _call(graph, node, aten.unflatten.int, made, at, [back[letter] for letter in letters])
+            made = call(graph, node, aten.unflatten.int, made, at, [back[letter] for letter in letters])
             result = [*result[:at], *letters, *result[at + 1 :]]
     become(graph, node, aten.permute.default, (made, [result.index(letter) for letter in out]))
 
@@ -163,14 +161,6 @@ def _flat(graph: Graph, node: Node, letters: list[str], x: Node, merged: list[st
     """x with the merged axes as its last one, which goes by the first of their letters."""
     order = [letter for letter in letters if letter not in merged] + merged
     if order != letters:
-        x = _call(graph, node, aten.permute.default, x, [letters.index(letter) for letter in order])
-    x = _call(graph, node, aten.flatten.using_ints, x, len(order) - len(merged), len(order) - 1)
+        x = call(graph, node, aten.permute.default, x, [letters.index(letter) for letter in order])
+    x = call(graph, node, aten.flatten.using_ints, x, len(order) - len(merged), len(order) - 1)
     return [*order[: -len(merged)], merged[0]], x
-
-
-def _call(graph: Graph, before: Node, target: torch._ops.OpOverload, *args: Any) -> Node:
-    """A new node in front of another."""
-    with graph.inserting_before(before):
-        made = graph.call_function(target, args)
-    made.meta = {**before.meta, "val": target(*torch.fx.map_arg(args, lambda x: x.meta["val"]))}
-    return made

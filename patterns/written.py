@@ -16,6 +16,7 @@ new softmax says what it is.
 import dataclasses
 import enum
 import math
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -254,6 +255,14 @@ def become(graph: Graph, node: Node, target: object, args: tuple) -> None:
     for source in sources:
         if not source._erased:
             erase(graph, source)
+
+
+def call(graph: Graph, before: Node, target: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Node:
+    """A new node in front of another."""
+    with graph.inserting_before(before):
+        made = graph.call_function(target, args, kwargs)
+    made.meta = {**before.meta, "val": target(*torch.fx.map_arg(args, lambda x: x.meta["val"]), **kwargs)}
+    return made
 
 
 def erase(graph: Graph, node: Node) -> None:

@@ -562,6 +562,21 @@ class Points(Attention):
         return weights @ v + F.pad(points.flatten(-2), (0, HEAD_DIM - 12))
 
 
+@form("text-and-row")
+class TextAndRow(Attention):
+    """DALL-E's axial attention: a row of the image sees itself and the text, with a product for each of the two."""
+
+    def attend(self, q, k, v):
+        text_k, text_v = (x[:, :, :8] for x in (k, v))
+        q, k, v = (x[:, :, 8:].unflatten(2, (-1, 8)) for x in (q, k, v))
+        text = torch.einsum("bhxid,bhjd->bhxij", q, text_k)
+        row = torch.einsum("bhxid,bhxjd->bhxij", q, k)
+        weights = (torch.cat((text, row), dim=-1) * HEAD_DIM**-0.5).softmax(dim=-1)
+        out = torch.einsum("bhxij,bhjd->bhxid", weights[..., :8], text_v)
+        out = out + torch.einsum("bhxij,bhxjd->bhxid", weights[..., 8:], v)
+        return torch.cat((text_v, out.flatten(2, 3)), dim=2)
+
+
 # ------------------------------------------------------------------------------------------- caches
 
 

@@ -407,6 +407,16 @@ add(
     ngram=2,
 )
 add(
+    "pegasus-x",
+    "PegasusXForConditionalGeneration",
+    "PegasusXConfig",
+    7,  # the global tokens of the last layer have no use
+    translation_padded,
+    implementations=EAGER,
+    num_global_tokens=4,
+    block_size=8,
+)
+add(
     "longt5-local",
     "LongT5ForConditionalGeneration",
     "LongT5Config",
