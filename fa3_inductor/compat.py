@@ -6,8 +6,8 @@ imported.
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import importlib
 import importlib.abc
 import importlib.util
 import inspect
@@ -44,15 +44,16 @@ def prepare_dynamo() -> None:
 
 
 def _prepare_dynamo(dynamo: ModuleType) -> None:
-    # F.multi_head_attention_forward warns of masks of two types. Dynamo puts that behind the graph.
-    dynamo.config.reorderable_logging_functions.add(warnings.warn)
-    from torch.nn.modules import transformer
+    def detect_is_causal_mask(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+        return is_causal is True  # a hint: what the mask is gets proved
 
-    with contextlib.suppress(ValueError):  # it is known already
-
-        @dynamo.substitute_in_graph(transformer._detect_is_causal_mask)
-        def detect_is_causal_mask(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
-            return is_causal is True  # a hint: what the mask is gets proved
+    try:
+        # F.multi_head_attention_forward warns of masks of two types. Dynamo puts that behind the graph.
+        dynamo.config.reorderable_logging_functions.add(warnings.warn)
+        original = importlib.import_module("torch.nn.modules.transformer")._detect_is_causal_mask
+        dynamo.substitute_in_graph(original)(detect_is_causal_mask)
+    except (AttributeError, TypeError, ValueError) as failure:  # another torch; or it is known already
+        log.info("torch's own transformers stay as Dynamo sees them: %s", failure)
 
 
 def _after_import(name: str, action: Callable[[ModuleType], object]) -> None:
