@@ -107,14 +107,22 @@ def _with_flat_axes(graph: Graph, node: Node) -> None:
             merged.append(own)
     if not merged:
         return
+    places = [
+        (letter, value, dim)
+        for one, value in ((a, x), (b, y))
+        for dim, letter in enumerate(one)
+        if any(letter in letters for letters in merged)
+    ]
     sizes: dict[str, Any] = {}
-    back: dict[str, Any] = {}
-    for one, value in ((a, x), (b, y)):
-        for dim, (letter, size) in enumerate(zip(one, tensor(value).shape)):
-            if any(letter in letters for letters in merged):
-                if size_expr(sizes.setdefault(letter, size)) != size_expr(size):  # one is broadcast along it
-                    return
-                back[letter] = size if isinstance(size, int) else call(graph, node, aten.sym_size.int, value, dim)
+    for letter, value, dim in places:
+        size = tensor(value).shape[dim]
+        if size_expr(sizes.setdefault(letter, size)) != size_expr(size):  # one is broadcast along it
+            return
+    back = {
+        letter: sizes[letter] if isinstance(sizes[letter], int) else call(graph, node, aten.sym_size.int, value, dim)
+        for letter, value, dim in places
+        if letter in out
+    }
     equation = []
     operands = []
     for one, value in ((a, x), (b, y)):

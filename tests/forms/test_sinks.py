@@ -238,7 +238,7 @@ LEFT_ALONE = {  # and the reason, None if it is not taken for an attention
     scaled_after: Reason.SCORE_OP,
     maximum_of_queries: Reason.SCORE_OP,
     shallow_mask: Reason.EMPTY_ROWS,
-    two_products: Reason.SCORE_OP,
+    two_products: Reason.SOFTMAX_DIM,
 }
 
 
