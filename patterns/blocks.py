@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 from .indices import shape_exprs, size_expr
 from .layouts import argument, packet, rank, tensor, users_of
 from .products import spell_einsum
+from .respelled import are_weights
 from .written import become, call
 
 aten = torch.ops.aten
@@ -55,7 +56,7 @@ def _join_scores(graph: Graph, node: Node) -> None:
     for several in (blocks[: len(parts)], blocks[len(parts) :]):
         if None not in several and len({(b.shared, b.letters) for b in several}) == 1:
             key = several[0].result[dim]
-            if all(key in b.others and key not in b.letters for b in several):
+            if all(key in b.others and key not in b.letters for b in several) and not are_weights(several[0].shared):
                 _become_one(graph, node, several[0].shared, several[0].letters, several, key)
                 return
 

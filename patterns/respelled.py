@@ -103,7 +103,7 @@ def _with_flat_axes(graph: Graph, node: Node) -> None:
     merged = [summed] if len(summed) > 1 else []
     for one, other, weights in ((a, b, y), (b, a, x)):
         own = [letter for letter in one if letter in out and letter not in other]
-        if len(own) > 1 and _are_weights(weights):  # (several of the queries are heads that share keys)
+        if len(own) > 1 and are_weights(weights):  # (several of the queries are heads that share keys)
             merged.append(own)
     if not merged:
         return
@@ -144,7 +144,7 @@ def _with_flat_axes(graph: Graph, node: Node) -> None:
     become(graph, node, aten.permute.default, (made, [result.index(letter) for letter in out]))
 
 
-def _are_weights(x: Any) -> bool:
+def are_weights(x: Any) -> bool:
     """Whether a softmax, or an exponential, is what x is made of."""
     for _ in range(_FAR):
         if packet(x) in (aten.softmax, aten._softmax, aten._safe_softmax, aten.exp):

@@ -219,12 +219,8 @@ torch.compile(attend)(*(torch.randn(1, 2, 8, 8) for _ in range(3)))
     assert python(program + look, installed, FA3_INDUCTOR="1") == "['fused']"
     assert python(program + look, installed, FA3_INDUCTOR="0") == "[]"
     assert python(program + look, installed) == "[]"
-    masked = """
-import torch
-model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1).eval()
-torch.compile(model)(torch.randn(1, 4, 8), torch.nn.Transformer.generate_square_subsequent_mask(4))
-"""
-    assert python(masked + look, installed, FA3_INDUCTOR="1") == "['fused']"
+    prepared = "import torch._dynamo as d, warnings; print(warnings.warn in d.config.reorderable_logging_functions)"
+    assert python(prepared, installed, FA3_INDUCTOR="1") == "True" and python(prepared, installed) == "False"
 
 
 def test_environment_variable_with_a_bad_value(installed, python):

@@ -39,9 +39,9 @@ def inputs():
     return [torch.randn(B, R, H, S, D) for _ in range(3)]
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("grads", [False, True])
-@pytest.mark.parametrize("target", ["sdpa", "reference"])
+@pytest.mark.parametrize(
+    "target, grads, dynamic", [("sdpa", False, None), ("sdpa", True, True), ("reference", True, None)]
+)
 @pytest.mark.parametrize("fn", FORMS)
 def test_is_fused(fn, target, grads, dynamic):
     args = inputs()

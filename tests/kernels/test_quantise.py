@@ -105,7 +105,8 @@ def cases():
         yield name, wrong_rows(seqlen, head_dim, 64, next(dtypes), layout)
         yield name, wrong_values(seqlen, head_dim, 128, next(dtypes), layout)
         yield name, wrong_values(seqlen, head_dim, 128, None, layout)
-        yield name, wrong_round_trip(seqlen, head_dim, 64, next(dtypes), layout, None)
+        if seqlen == 100:
+            yield name, wrong_round_trip(seqlen, head_dim, 64, next(dtypes), layout, None)
     for head_dim in (16, 40, 64, 128, 192, 256):
         yield head_dim, wrong_turned(100, head_dim, 64)
         yield head_dim, wrong_round_trip(100, head_dim, 64, torch.float16, "plain", 3)
