@@ -47,7 +47,6 @@ MASKS = {
     "float": {"attn_mask": CAUSAL_FLOAT},
     "is_causal": {"attn_mask": CAUSAL_FLOAT, "is_causal": True},
     "both": {"attn_mask": CAUSAL, "key_padding_mask": PADDING},
-    "of two types": {"attn_mask": CAUSAL_FLOAT, "key_padding_mask": PADDING},  # which torch warns of
 }
 
 
