@@ -290,10 +290,10 @@ def _no_double_backward(ctx, *grads):
 
 
 torch.library.register_autograd("fa3::attention", _attention_vjp, setup_context=_setup_context)
-torch.library.register_autograd("fa3::attention_backward", _no_double_backward)
+for _name in ("fa3::attention_backward", "fa3::round_trip"):
+    torch.library.register_autograd(_name, _no_double_backward)
 torch.library.register_autograd("fa3::attention_quantised", _quantised_vjp, setup_context=_setup_context_quantised)
-for _name in ("fa3::attention_fp8", "fa3::round_trip"):
-    torch.library.register_autograd(_name, _no_gradient_of_fp8)
+torch.library.register_autograd("fa3::attention_fp8", _no_gradient_of_fp8)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, target: str) -> None:

@@ -78,7 +78,8 @@ class Splicer:
                 for other, plan in zip(spec.plus, plans[1:], strict=True):
                     out = emit.call(operator.add, out, self._computed(emit, other, plan)[0])
                 if emit.trains and self.capture.is_written_after(place, place):
-                    out = emit.call("clone", out)  # a product does not keep its result for the backward
+                    # A product does not keep its result for the backward; an attention does.
+                    out = emit.call("clone", out)
                 values[spec.result] = out
                 self._replace(emit, place, spec)
             for x, old in zip(spec.lse, of_lse):

@@ -104,7 +104,7 @@ def read_terms(
             empty = Empty.RAISED
     _check_what_is_added_later(algebra, raw, ordinary)
     if empty is Empty.AS_WRITTEN:
-        _check_numbers_beside_fills(algebra, raw, shown)
+        _check_numbers_beside_fills(algebra, raw, shown, ordinary)
     return tuple(terms), mask, empty
 
 
@@ -194,14 +194,20 @@ def _check_what_is_added_later(algebra: Algebra, raw: tuple[Added | Hidden, ...]
 
 
 def _check_numbers_beside_fills(
-    algebra: Algebra, raw: tuple[Added | Hidden, ...], shown: list[Boolean | None]
+    algebra: Algebra, raw: tuple[Added | Hidden, ...], shown: list[Boolean | None], ordinary: dict[int, float]
 ) -> None:  # fmt: skip
     """Of a row that masks by numbers hide all of, scores that a number was added to must lie far above those that were
     overwritten, or be lost in it: in one sum for all of the row, they are all there or none is."""
     fills = [float(t.fill) for t in raw if isinstance(t, Hidden) and t.fill.is_finite]
     lowest = 0.0
-    for term, condition in zip(raw, shown):
-        if isinstance(term, Added) and condition is not None and _added_empty(algebra, term) is None:
+    for position, (term, condition) in enumerate(zip(raw, shown)):
+        if not isinstance(term, Added) or position in ordinary:
+            continue
+        if condition is None:  # any number; where it counts, it should be one that scores are lost in
+            if any(fill > swallows_below(term.dtype) for fill in fills):
+                what = f"'{term.node.name}' may add such a number to scores as a mask writes over them ({max(fills):g})"
+                raise Rejected(Reason.EMPTY_ROWS, what)
+        elif _added_empty(algebra, term) is None:
             lowest += min((float(v) for v in _added_values(algebra, term) if v.is_number and v.is_finite), default=0.0)
     if any(lowest <= fill / 2 for fill in fills):
         what = f"a mask adds numbers of {lowest:g} to scores beside one that writes {max(fills):g} over them"

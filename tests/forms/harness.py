@@ -82,3 +82,14 @@ def assert_as_good_as_eager(ours: Run, eager: Run, exact: Run, dtype: torch.dtyp
         assert error(mine, truth) <= limit, (
             f"{name}: error {error(mine, truth):.3g}, eager's {error(theirs, truth):.3g}"
         )
+
+
+def assert_fused(
+    fn: Callable, args: list[Any], dtype: torch.dtype = torch.float32, *, target: str = "reference",
+    grads: bool = True, dynamic: bool | None = None,
+) -> None:  # fmt: skip
+    """All attentions of ``fn`` are fused, with results and gradients as good as eager's."""
+    compiled, report = fuse(fn, target=target, dynamic=dynamic)
+    ours = run(compiled, args, dtype, grads)
+    assert {s.status for s in report.sites} == {"fused"}, [s.verdict for s in report.sites]
+    assert_as_good_as_eager(ours, run(fn, args, dtype, grads), run(fn, args, torch.float64, grads), dtype)

@@ -848,6 +848,15 @@ def test_a_number_added_beside_one_that_is_written():
     torch.testing.assert_close(compiled(*args), fn(*args))
     assert report.sites[0].reason is Reason.EMPTY_ROWS and "-10000" in report.sites[0].detail
 
+    def given(q, k, v, added, shown):
+        return (q @ k.mT * 0.25 + added).masked_fill(~shown, -1e4).softmax(-1) @ v
+
+    for target in ("reference", "sdpa"):
+        args = [*qkv(), torch.where(later, -1e4, 0.0), torch.rand(S, S) > 0.7]
+        compiled, report = fuse(given, target=target)
+        torch.testing.assert_close(compiled(*args), given(*args))
+        assert report.sites[0].reason is Reason.EMPTY_ROWS and "may add such a number" in report.sites[0].detail
+
     def gpt2(q, k, v, padding):
         scores = (q @ k.mT * 0.25).masked_fill(later, torch.finfo(q.dtype).min)
         return (scores + torch.where(padding[:, None, None], 0.0, -1e4)).softmax(-1) @ v
